@@ -1,0 +1,24 @@
+"""Guards around every test; at the root, so that the docstrings of the package stand under them too."""
+
+import os
+from collections.abc import Iterator
+
+os.environ["MPLBACKEND"] = "Agg"  # before anything imports Matplotlib: no test opens a window
+
+import pyro
+import pytest
+
+from global_state import SETTINGS, unchanged
+
+
+@pytest.fixture(autouse=True)
+def settings_unchanged() -> Iterator[None]:
+    """Fail the test that leaves a global setting, parameter, variable or directory changed."""
+    with unchanged(SETTINGS):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def same_streams_at_start() -> None:
+    """Start every test from the same random streams, whatever ran before it on the same worker."""
+    pyro.set_rng_seed(0)

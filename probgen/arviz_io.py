@@ -1,0 +1,262 @@
+"""The bridge to ArviZ: posteriors as its groups, its diagnostics as plain arrays. The only file that knows ArviZ.
+
+ArviZ 0.2x takes groups as keywords and gives `InferenceData`; from 1.0 on it takes one nested dictionary and gives a
+`DataTree`. 0.2x accepts the nested form too, silently, and builds nonsense: which one is there is told by version.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from probgen.core import InputError, Posterior, did_you_mean
+from probgen.replay import log_likelihood, observations, predictions, require_target, simulations, unrecorded
+
+Array = npt.NDArray[Any]
+
+GROUPS = (
+    "posterior",
+    "sample_stats",
+    "log_likelihood",
+    "posterior_predictive",
+    "prior",
+    "prior_predictive",
+    "observed_data",
+)
+HDI_PROB = 0.94
+_PRIOR_DRAWS = 500
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What ArviZ is handed, in NumPy alone.
+
+    Args:
+        values: arrays by group and variable; all but `observed_data` begin with (chain, draw).
+        dims: names of a variable's dimensions after (chain, draw), as far as they have names.
+        coords: labels along named dimensions.
+    """
+
+    values: dict[str, dict[str, Array]]
+    dims: dict[str, list[str]]
+    coords: dict[str, Array]
+
+
+def to_arviz(posterior: Posterior, *, groups: Collection[str] | None = None, seed: int = 0) -> Any:
+    """The posterior as ArviZ knows it, ready for its plots and for `to_netcdf`.
+
+    Args:
+        posterior: draws of any engine.
+        groups: names among `GROUPS`; None means all that this posterior can give. Those beyond `posterior`,
+            `sample_stats` and `observed_data` run the program again; `prior` simulates it from the start, which for
+            a program with a large network inside can cost more than inference: name the groups you need.
+        seed: of the simulated groups.
+
+    Returns an `arviz.InferenceData` (ArviZ 0.2x) or an `xarray.DataTree` (ArviZ >= 1).
+    Raises `InputError` for a group that does not exist, or that this posterior cannot give.
+
+    >>> from probgen.diagnostics.summary import example
+    >>> data = to_arviz(example(), groups=["posterior", "sample_stats"])
+    >>> data.posterior["z"].dims
+    ('chain', 'draw', 'school')
+    """
+    result = build(_arviz(), to_groups(posterior, groups=groups, seed=seed))
+    result.attrs.update(
+        inference_library="probgen", engine=posterior.engine, kind=posterior.kind, guarantee=posterior.guarantee
+    )
+    return result
+
+
+def to_groups(posterior: Posterior, *, groups: Collection[str] | None = None, seed: int = 0) -> Groups:
+    """The same as `to_arviz` hands over, without ArviZ: arrays by group and variable, with dims and coords."""
+    if groups is None:
+        groups = [name for name in GROUPS if not unavailable(posterior, name)]
+    for name in groups:
+        if name not in GROUPS:
+            raise InputError(f"ArviZ group {name!r} is not one of probgen's; {did_you_mean(name, GROUPS)}")
+        if reason := unavailable(posterior, name):
+            raise InputError(f"Group {name!r} cannot be given: {reason}. Leave it out of groups=.")
+    values = {name: _arrays(tensors) for name, tensors in _group_values(posterior, groups, seed).items()}
+    dims = {_safe(site): [_safe(dim) for dim in names] for site, names in _dims(posterior, groups).items()}
+    return Groups(values, dims, {_safe(dim): np.asarray(labels) for dim, labels in posterior.coords.items()})
+
+
+def unavailable(posterior: Posterior, group: str) -> str:
+    """Why this posterior cannot give an ArviZ group; "" if it can."""
+    target = posterior.target
+    if group == "posterior":
+        return ""
+    if group == "sample_stats":
+        return "" if posterior.stats or posterior.run_stats else f"{posterior.engine} recorded no statistics"
+    if target is None:
+        return "the posterior does not know its program"
+    if not observations(target):
+        return "nothing was observed"
+    if group in ("log_likelihood", "posterior_predictive"):
+        missing = unrecorded(posterior, summed_out=group == "log_likelihood")
+        return f"latent sites {', '.join(map(repr, missing))} have no draws" if missing else ""
+    return ""
+
+
+def build(arviz: ModuleType, groups: Groups) -> Any:
+    """Hand the groups to this ArviZ in the form its generation reads."""
+    if _is_nested(arviz):
+        return arviz.from_dict(groups.values, dims=groups.dims, coords=groups.coords)
+    return arviz.from_dict(**groups.values, dims=groups.dims, coords=groups.coords)
+
+
+# --- ArviZ's diagnostics, in the same words for both generations --------------------------------------------------
+
+
+def chain_table(posterior: Posterior) -> Any:
+    """A DataFrame, one row an entry: mean, sd, hdi_3%, hdi_97%, mcse_mean, mcse_sd, ess_bulk, ess_tail, r_hat."""
+    arviz = _arviz()
+    data = build(arviz, to_groups(posterior, groups=["posterior"]))
+    width = {"ci_kind": "hdi", "ci_prob": HDI_PROB} if _is_nested(arviz) else {"hdi_prob": HDI_PROB}
+    table = arviz.summary(data, round_to="none", **width)
+    return table.rename(columns={"hdi94_lb": "hdi_3%", "hdi94_ub": "hdi_97%"})
+
+
+def draws_table(posterior: Posterior) -> Any:
+    """A DataFrame, one row an entry: mean, sd, 5%, 50%, 95%, mcse_mean = sd / sqrt(number of draws)."""
+    arviz = _arviz()
+    groups = to_groups(posterior, groups=["posterior"])
+    table = arviz.summary(build(arviz, groups), kind="stats", round_to="none")[["mean", "sd"]]
+    total = posterior.num_chains * posterior.num_draws
+    columns = np.concatenate([value.reshape(total, -1) for value in groups.values["posterior"].values()], axis=1)
+    quantiles = np.quantile(columns, (0.05, 0.5, 0.95), axis=0)
+    errors = table["sd"] / np.sqrt(total)
+    return table.assign(**dict(zip(("5%", "50%", "95%"), quantiles, strict=True)), mcse_mean=errors)
+
+
+def chain_error(values: Array) -> Array:
+    """Monte Carlo standard error of the mean of correlated draws, from their effective sample size.
+
+    Args:
+        values: `(chain, draw, ...)`, at least 4 draws.
+    """
+    arviz = _arviz()
+    return np.asarray(arviz.mcse(arviz.convert_to_dataset({"value": values}))["value"])
+
+
+def energy_bfmi(energy: Array) -> Array:
+    """Estimated Bayesian fraction of missing information of each chain (Betancourt 2016, arXiv 1604.00695).
+
+    Args:
+        energy: the Hamiltonian at each draw, `(chain, draw)`.
+    """
+    return np.asarray(_arviz().bfmi(energy))
+
+
+@dataclass(frozen=True)
+class LeaveOneOut:
+    """ArviZ's answer: nats, `pareto_k` and `elpd_i` per row, `good_k` the bound below which k is fine."""
+
+    elpd: float
+    se: float
+    p_loo: float
+    good_k: float
+    elpd_i: Array
+    pareto_k: Array
+
+
+def leave_one_out(posterior: Posterior, log_lik: Tensor) -> LeaveOneOut:
+    """PSIS-LOO (Vehtari, Gelman and Gabry 2017, arXiv 1507.04544) from log p(row | draw), `(chain, draw, *batch)`."""
+    arviz = _arviz()
+    groups = to_groups(posterior, groups=["posterior"])
+    data = build(arviz, Groups(groups.values | {"log_likelihood": _arrays({"y": log_lik})}, groups.dims, groups.coords))
+    efficiency = None if posterior.kind == "mcmc" else 1.0  # independent draws
+    scale = {} if _is_nested(arviz) else {"scale": "log"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # bad k is told in sentences
+        found = arviz.loo(data, pointwise=True, reff=efficiency, **scale)
+    elpd, p_loo, rows = (
+        (found.elpd, found.p, found.elpd_i) if _is_nested(arviz) else (found.elpd_loo, found.p_loo, found.loo_i)
+    )
+    return LeaveOneOut(
+        float(elpd), float(found.se), float(p_loo), float(found.good_k), np.asarray(rows), np.asarray(found.pareto_k)
+    )
+
+
+# --- inner parts ---------------------------------------------------------------------------------------------------
+
+
+def _arviz() -> ModuleType:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # 0.2x announces the next generation at import
+        import arviz
+    return arviz
+
+
+def _is_nested(arviz: ModuleType) -> bool:
+    return int(arviz.__version__.split(".")[0]) >= 1
+
+
+def _group_values(posterior: Posterior, groups: Collection[str], seed: int) -> dict[str, Mapping[str, Tensor]]:
+    values: dict[str, Mapping[str, Tensor]] = {}
+    if "posterior" in groups:
+        values["posterior"] = posterior.draws
+    if "sample_stats" in groups:
+        values["sample_stats"] = _statistics(posterior)
+    if "log_likelihood" in groups:
+        values["log_likelihood"] = log_likelihood(posterior)
+    if "posterior_predictive" in groups:
+        values["posterior_predictive"] = predictions(posterior, seed=seed)
+    values |= _prior_values(posterior, [name for name in groups if name.startswith("prior")], seed)
+    if "observed_data" in groups:
+        values["observed_data"] = observations(require_target(posterior))
+    return values
+
+
+def _prior_values(posterior: Posterior, groups: Collection[str], seed: int) -> dict[str, Mapping[str, Tensor]]:
+    """One simulation serves both: `prior` has the latent sites, `prior_predictive` the observed ones."""
+    if not groups:
+        return {}
+    target = require_target(posterior)
+    sites = {name: value[None] for name, value in simulations(target, num_draws=_PRIOR_DRAWS, seed=seed).items()}
+    observed = observations(target)
+    parts = {
+        "prior": {name: value for name, value in sites.items() if name not in observed},
+        "prior_predictive": {name: value for name, value in sites.items() if name in observed},
+    }
+    return {name: parts[name] for name in groups}
+
+
+def _statistics(posterior: Posterior) -> dict[str, Tensor]:
+    """Statistics of each draw; those of a whole chain (its step size) are repeated along it, as ArviZ expects."""
+    shape = (posterior.num_chains, posterior.num_draws)
+    per_chain = {name: value[:, None].expand(shape) for name, value in posterior.run_stats.items() if value.ndim == 1}
+    return per_chain | dict(posterior.stats)
+
+
+def _dims(posterior: Posterior, groups: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Names of dimensions: as the engine gave them, for observed sites their plates."""
+    dims = {site: tuple(names) for site, names in posterior.dims.items()}
+    if not set(groups) <= {"posterior", "sample_stats"}:
+        for name, site in require_target(posterior).sites.items():
+            if name not in posterior.draws and len(site.plates) == len(site.batch_shape):
+                dims[name] = site.plates
+    return dims
+
+
+def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, Array]:
+    return {_safe(name): _array(value) for name, value in tensors.items()}
+
+
+def _array(value: Tensor) -> Array:
+    value = value.detach().cpu()
+    # NumPy has no bfloat16.
+    return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+
+
+def _safe(name: str) -> str:
+    """A name that neither netCDF reads as a path nor ArviZ takes for its own dimensions."""
+    return f"{name}_" if name in ("chain", "draw") else name.replace("/", ".")

@@ -1,0 +1,541 @@
+"""The contracts: what a program, an objective, an engine, an estimator, a posterior and an estimate are.
+
+A *program* is a joint density p(x, z) written as a Pyro model; its *guide* is q(z | x). *Fitting* minimises an
+*objective*. An *engine* draws from a program given what was observed. A *posterior* is those draws with the
+statistics of how they were drawn; an *estimate* is a log-likelihood with its error. Nothing here knows a method.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+Guarantee = Literal["exact", "asymptotic", "discretised", "approximate"]
+PosteriorKind = Literal["iid", "mcmc", "weighted", "approximate"]
+EstimateKind = Literal["exact", "unbiased", "lower bound", "unnormalised"]
+
+
+# --- errors -----------------------------------------------------------------------------------------------------
+
+
+class ProbgenError(Exception):
+    """Every error probgen raises on purpose: what happened and where, expected and got, the way out."""
+
+
+class InputError(ProbgenError):
+    """Something given to probgen is not what it must be (data, shapes, counts, site names)."""
+
+
+class UnsupportedError(ProbgenError):
+    """An engine, objective or estimator needs what this program does not offer; the message says which would do."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Closest known name as a sentence, or the list of all known names.
+
+    >>> did_you_mean("w_t", ["z_t", "y"])
+    "did you mean 'z_t'?"
+    """
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known: {', '.join(map(repr, known)) or 'none'}"
+
+
+def check_count(name: str, value: int, minimum: int = 1) -> None:
+    """Raise `InputError` unless `value` is an integer of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise InputError(f"{name} must be an integer >= {minimum}, got {value!r}.")
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    """Raise `InputError` if `value` holds NaN or Inf, saying how many and where the first one is."""
+    if not value.is_floating_point():
+        return
+    bad = ~torch.isfinite(value)
+    if bool(bad.any()):
+        first = tuple(int(i) for i in bad.nonzero()[0])
+        raise InputError(
+            f"{name} holds {int(bad.sum())} NaN or Inf of {value.numel()} values, the first at index {first}. "
+            "Remove those rows, or mask them before fitting."
+        )
+
+
+# --- data as programs see it ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A minibatch: what was observed, at which rows of how many.
+
+    Args:
+        data: observed values by site name, each `(size, *event)`.
+        condition: what the program is conditioned on without having a law for it, `(size, ...)`, or None.
+        index: rows of the full data set, `(size,)` of dtype int64; None means all rows in order.
+        total: number of rows of the full data set; None means `size`.
+        num_rows: number of rows where neither `data` nor `condition` says it (simulation).
+
+    >>> batch = Batch({"y": torch.zeros(2)}, total=10)
+    >>> batch.size, batch.total
+    (2, 10)
+    """
+
+    data: Mapping[str, Tensor] = field(default_factory=dict)
+    condition: Tensor | None = None
+    index: Tensor | None = None
+    total: int | None = None
+    num_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        tensors = dict(self.data) | ({} if self.condition is None else {"condition": self.condition})
+        rows = {name: len(value) for name, value in tensors.items()}
+        if self.num_rows is not None:
+            rows["num_rows"] = self.num_rows
+        if len(set(rows.values())) > 1:
+            raise InputError(f"data, condition and num_rows must have the same number of rows, got {rows}.")
+        size = next(iter(rows.values()), 1)
+        object.__setattr__(self, "num_rows", size)
+        if self.total is None:
+            object.__setattr__(self, "total", size)
+
+    @property
+    def size(self) -> int:
+        """Number of rows in this minibatch."""
+        assert self.num_rows is not None
+        return self.num_rows
+
+    @contextlib.contextmanager
+    def plate(self, name: str = "data") -> Iterator[None]:
+        """The plate over rows, at dimension -1, each row counted `total / size` times."""
+        import pyro
+
+        assert self.total is not None
+        with pyro.plate(name, self.size, dim=-1), pyro.poutine.scale(scale=self.total / self.size):
+            yield
+
+
+# --- programs and what they can offer ---------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Program(Protocol):
+    """A generative program of one datum: a Pyro model over a `Batch`, weights as plain `nn.Parameter`s.
+
+    Any callable Pyro model is accepted by the engines that need no more; this is what probgen's own offer.
+    Sites inside `batch.plate()` must accept further batch dimensions to the left.
+    """
+
+    def model(self, batch: Batch, /) -> Any:
+        """Run the Pyro model; sites are observed from outside, by name."""
+
+
+@runtime_checkable
+class Guided(Program, Protocol):
+    """A program with a guide q(z | x)."""
+
+    def guide(self, batch: Batch, /) -> Any:
+        """Run the Pyro guide; it reads the observations from `batch.data`."""
+
+
+@runtime_checkable
+class Diffusion(Program, Protocol):
+    """A program noised by a process, with E[x_0 | x_t]; score, eps and velocity follow from it."""
+
+    def process(self) -> Any:
+        """The noising law, a `probgen.processes.Process`."""
+
+    def denoise(self, x_t: Tensor, t: Tensor, /) -> Tensor:
+        """E[x_0 | x_t]: x_t `(batch, *event)`, t `(batch,)` or `(1,)` in [0, 1] -> `(batch, *event)`."""
+
+
+@runtime_checkable
+class Predicting(Diffusion, Protocol):
+    """A diffusion whose denoiser is affine in one network call: x0hat = a(t) x_t + b(t) predict(x_t, t)."""
+
+    def predict(self, x_t: Tensor, t: Tensor, /) -> Tensor:
+        """The network's own output, `(batch, *event)`."""
+
+    def denoiser_coefficients(self, t: Tensor, /) -> tuple[Tensor, Tensor]:
+        """a and b at times t `(n,)`, each `(n,)` or `(n, *event)`."""
+
+
+@dataclass(frozen=True)
+class ReverseChain:
+    """x_{k-1} = on_x[k] x_k + on_output[k] predict(x_k, t_k) + scale[k] z, rows ordered k = T..1; z ~ N(0, I).
+
+    Args:
+        times: `(T,)` in (0, 1], t_k = k/T.
+        on_x, on_output, scale: `(T,)` or `(T, *event)`, float64.
+    """
+
+    times: Tensor
+    on_x: Tensor
+    on_output: Tensor
+    scale: Tensor
+
+
+@runtime_checkable
+class Stepwise(Guided, Protocol):
+    """A program whose ELBO is a sum of steps, each with one network call (a hierarchical chain).
+
+    Its model and guide take the steps to evaluate as `t`, `(batch,)` integers of `steps()`: the bound then counts
+    that one step `len(steps())` times. With t = None they run the full chain.
+    """
+
+    def steps(self) -> range:
+        """The steps whose terms need the network."""
+
+    def step_term(self, x_0: Tensor, k: Tensor, /) -> Tensor:
+        """Nats lost at step k: x_0 `(batch, *event)`, k `(batch,)` in `steps()` -> one-sample estimate `(batch,)`."""
+
+    def end_terms(self, x_0: Tensor, /) -> Mapping[str, Tensor]:
+        """Nats lost by the terms known in closed form, by name, each `(batch,)`."""
+
+
+@runtime_checkable
+class Chained(Predicting, Protocol):
+    """A diffusion that is itself a chain of Gaussian steps, drawn by ancestral sampling."""
+
+    def reverse_chain(self) -> ReverseChain:
+        """The table of the chain's steps."""
+
+
+@runtime_checkable
+class Decoding(Program, Protocol):
+    """A program with a deterministic map from latents to data space."""
+
+    def decode(self, z: Tensor, /) -> Tensor:
+        """z `(..., latent)` -> the mean of x, `(..., *event)`."""
+
+
+@runtime_checkable
+class Normalised(Protocol):
+    """A program whose density is known exactly."""
+
+    def log_prob(self, x: Tensor, /) -> Tensor:
+        """log p(x) in nats: x `(batch, *event)` -> `(batch,)`."""
+
+
+@runtime_checkable
+class Calibrated(Protocol):
+    """A program with constants that are set from data in closed form, as batch-norm statistics are."""
+
+    def calibrate(self, x: Tensor, /) -> None:
+        """Set them from x `(n, *event)`; called by `fit` after the last step."""
+
+
+class Objective(Protocol):
+    """What fitting minimises."""
+
+    def loss(self, program: Any, batch: Batch) -> Tensor:
+        """The loss in nats per row of the full data set, a differentiable scalar."""
+
+
+# --- targets ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Site:
+    """One sample site as read from a program: where it stands, its shapes, its plates."""
+
+    name: str
+    batch_shape: tuple[int, ...]
+    event_shape: tuple[int, ...]
+    plates: tuple[str, ...]
+    observed: bool
+    discrete: bool
+    reparametrised: bool
+    enumerated: bool
+
+
+@dataclass(frozen=True)
+class Target:
+    """A program, its arguments and what was observed: all an engine is given. Made by `probgen.targets.read`.
+
+    Args:
+        program: the user's program.
+        model, guide: its callables, observations in place (`guide` is None where there is none).
+        args: what they are called with.
+        data: observed values by site name.
+        per_row: True if rows of `args[0]` (a `Batch`) are independent data of one of probgen's programs.
+    """
+
+    program: Any
+    model: Callable[..., Any]
+    guide: Callable[..., Any] | None
+    args: tuple[Any, ...]
+    data: Mapping[str, Tensor]
+    reader: Callable[[Target], dict[str, Site]] = field(repr=False)
+    per_row: bool = False
+
+    @cached_property
+    def sites(self) -> dict[str, Site]:
+        """Every sample site in program order, read by running the program once, validation on."""
+        return self.reader(self)
+
+    @property
+    def latents(self) -> dict[str, Site]:
+        """The sites that were not observed."""
+        return {name: site for name, site in self.sites.items() if not site.observed}
+
+    @property
+    def batch(self) -> Batch:
+        """The rows the program runs over; `InputError` for a program that takes no `Batch`."""
+        if self.args and isinstance(self.args[0], Batch):
+            return self.args[0]
+        raise InputError(f"{describe(self.program)} takes no Batch as its first argument.")
+
+
+def describe(program: Any) -> str:
+    """The name a message calls a program, engine or estimator by."""
+    return getattr(program, "__name__", type(program).__name__)
+
+
+# --- engines ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether a program can be served, and why not. True or False as a condition."""
+
+    ok: bool
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+class Method:
+    """What engines and evidence estimators share: what they need from a program and say of themselves."""
+
+    needs: ClassVar[tuple[type, ...]] = ()
+    offers: ClassVar[str]
+    gives_up: ClassVar[str]
+    paper: ClassVar[str]
+
+    def supports(self, program: Any) -> Support:
+        """Whether `program` offers what this method needs; the reason names what is missing."""
+        for capability in self.needs:
+            if not isinstance(program, capability):
+                wanted = (capability.__doc__ or "").split(".")[0].split("\n")[0]
+                return Support(False, f"it needs {capability.__name__} programs ({wanted[0].lower()}{wanted[1:]})")
+        return Support(True)
+
+
+class Engine(Method):
+    """Draws from a program given what was observed. Subclasses are frozen dataclasses of a few hyper-parameters.
+
+    Class attributes: `needs` (capabilities), `conditions` (can it take observations?), `kind` and `guarantee` of
+    its draws, `default_chains`, and for `probgen list`: `offers`, `gives_up`, `paper`.
+    """
+
+    kind: ClassVar[PosteriorKind]
+    guarantee: ClassVar[Guarantee]
+    conditions: ClassVar[bool] = False
+    default_chains: ClassVar[int] = 1
+
+    def run(
+        self,
+        target: Target,
+        *,
+        num_draws: int,
+        num_chains: int,
+        seed: int,
+        init: Posterior | None = None,
+        state: Any = None,
+        progress: bool = True,
+    ) -> Posterior:
+        """Draw `num_draws` times in each of `num_chains` independent replicates."""
+        raise NotImplementedError
+
+
+class Estimator(Method):
+    """Estimates log p(x) of each datum, with its error. Subclasses are frozen dataclasses."""
+
+    def estimate(self, target: Target, *, seed: int) -> Estimate:
+        """The estimate for the rows of `target.batch`."""
+        raise NotImplementedError
+
+
+# --- results ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What was paid: network calls (or density evaluations), gradients, seconds; warm-up or fitting apart."""
+
+    network_calls: int = 0
+    gradients: int = 0
+    seconds: float = 0.0
+    warmup_gradients: int = 0
+    warmup_seconds: float = 0.0
+
+    def __str__(self) -> str:
+        parts = [f"{self.seconds:.2f} s"]
+        parts += [f"{self.network_calls:,} network calls"] * bool(self.network_calls)
+        parts += [f"{self.gradients:,} gradients"] * bool(self.gradients)
+        parts += [f"warm-up {self.warmup_seconds:.2f} s, {self.warmup_gradients:,} gradients"] * bool(
+            self.warmup_seconds or self.warmup_gradients
+        )
+        return ", ".join(parts)
+
+
+MEANINGS: dict[str, str] = {
+    "iid": "independent draws: errors follow from their number",
+    "mcmc": "correlated draws of Markov chains: judge them by R-hat and effective sample size (`summary`)",
+    "weighted": "draws resampled from weighted particles: errors come from independent runs",
+    "approximate": "independent draws of an approximation: more draws do not bring them closer to the posterior",
+    "exact": "the law is exact",
+    "asymptotic": "exact as the number of draws grows",
+    "discretised": "exact as the number of steps grows",
+}
+
+
+@dataclass
+class Posterior:
+    """Draws with the statistics of how they were drawn.
+
+    Args:
+        draws: per site `(chain, draw, *batch, *event)`, constrained, equally weighted.
+        kind, guarantee, engine, cost: what the draws are, and what they cost.
+        dims, coords: names of the dimensions after (chain, draw), from the program's plates.
+        stats: per-draw statistics `(chain, draw)`; run_stats: per-replicate statistics `(chain,)`.
+        evidence: log p(data) where the engine gives it.
+        state: the engine's own continuation.
+        target: what was conditioned; diagnostics rerun it.
+    """
+
+    draws: dict[str, Tensor]
+    kind: PosteriorKind
+    guarantee: Guarantee
+    engine: str
+    cost: Cost
+    dims: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    coords: dict[str, Any] = field(default_factory=dict)
+    stats: dict[str, Tensor] = field(default_factory=dict)
+    run_stats: dict[str, Tensor] = field(default_factory=dict)
+    evidence: Estimate | None = None
+    state: Any = None
+    target: Target | None = field(default=None, repr=False)
+
+    def __getitem__(self, site: str) -> Tensor:
+        if site not in self.draws:
+            raise InputError(f"This posterior has no site {site!r}; {did_you_mean(site, self.draws)}")
+        return self.draws[site]
+
+    @property
+    def num_chains(self) -> int:
+        """Number of independent replicates."""
+        return next(iter(self.draws.values())).shape[0]
+
+    @property
+    def num_draws(self) -> int:
+        """Draws in each replicate."""
+        return next(iter(self.draws.values())).shape[1]
+
+    def flat(self, site: str) -> Tensor:
+        """All draws of a site, replicates joined: `(chain * draw, *batch, *event)`."""
+        return self[site].flatten(0, 1)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.num_chains} x {self.num_draws:,} draws by {self.engine}: {MEANINGS[self.kind]}.",
+            f"Guarantee: {self.guarantee}" + (f" ({MEANINGS[self.guarantee]})" if self.guarantee in MEANINGS else "") + ".",
+            f"Cost: {self.cost}.",
+        ]
+        for name, value in self.draws.items():
+            shape = " x ".join(map(str, value.shape[2:])) or "scalar"
+            if value.is_floating_point():
+                lines.append(f"  {name}: {shape}, mean {value.mean():.4g}, sd {value.std():.4g} over all entries")
+            else:
+                lines.append(f"  {name}: {shape}, values {int(value.min())}..{int(value.max())}")
+        divergences = self.stats.get("diverging")
+        if divergences is not None and int(divergences.sum()):
+            lines.append(f"{int(divergences.sum())} divergences: do not trust the tails; see `summary`.")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """An estimate split into its terms, in nats averaged over the data: `value[i]` +- `standard_error[i]`."""
+
+    names: tuple[str, ...]
+    value: Tensor
+    standard_error: Tensor
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A log-likelihood per datum with its error and everything needed to compare it with another.
+
+    Args:
+        value: nats, `(n,)`.
+        standard_error: Monte Carlo error of each value, nats, `(n,)`; zero where exact.
+        kind: what the value is.
+        event_size: d, number of coordinates of one datum.
+        trusted, reason: False with the reason when the estimate's own diagnostics fail.
+        levels: K where x is K integer levels, uniformly dequantised and scaled affinely to [-1, 1]; else None.
+        terms: the split into terms, where the estimator has one.
+        diagnostics: the estimator's own per-datum diagnostics, each `(n,)`.
+
+    >>> e = Estimate(torch.tensor([-1.0, -3.0]), torch.zeros(2), "exact", event_size=2)
+    >>> print(e)
+    log p(x): -2 +- 1 nats a datum (2 data; exact; Monte Carlo error 0)
+    """
+
+    value: Tensor
+    standard_error: Tensor
+    kind: EstimateKind
+    event_size: int
+    trusted: bool = True
+    reason: str = ""
+    levels: int | None = None
+    terms: Terms | None = None
+    diagnostics: Mapping[str, Tensor] = field(default_factory=dict)
+    cost: Cost = Cost()
+
+    @property
+    def mean(self) -> float:
+        """Average over the data, nats."""
+        return float(self.value.double().mean())
+
+    @property
+    def mean_error(self) -> float:
+        """Standard error of `mean` as an estimate for the population: spread over data, Monte Carlo error included."""
+        n = self.value.numel()
+        return float(self.value.double().std() / math.sqrt(n)) if n > 1 else float(self.standard_error[0])
+
+    @property
+    def monte_carlo_error(self) -> float:
+        """Standard error of `mean` for these very data: Monte Carlo error alone."""
+        return float(self.standard_error.double().square().sum().sqrt() / self.value.numel())
+
+    def bits_per_dim(self) -> tuple[float, float]:
+        """Mean bits/dim and its standard error: -(log p(x) + d log(2/K)) / (d log 2), K levels scaled to [-1, 1]."""
+        if self.levels is None:
+            raise InputError(
+                "bits/dim need the number of integer levels behind the data: call evidence(..., levels=K), "
+                "or pass a probgen.data.Quantised data set. For continuous data report nats."
+            )
+        unit = self.event_size * math.log(2)
+        return -(self.mean + self.event_size * math.log(2 / self.levels)) / unit, self.mean_error / unit
+
+    def __str__(self) -> str:
+        sign = {"lower bound": ">=", "unnormalised": "+ const ="}.get(self.kind, ":")
+        text = (
+            f"log p(x){'' if sign == ':' else ' '}{sign} {self.mean:.5g} +- {self.mean_error:.2g} nats a datum "
+            f"({self.value.numel()} data; {self.kind}; Monte Carlo error {self.monte_carlo_error:.2g})"
+        )
+        if self.levels is not None:
+            bits, error = self.bits_per_dim()
+            text += f"\n{bits:.4f} +- {error:.4f} bits/dim ({self.levels} levels, uniform dequantisation to [-1, 1])"
+        return text if self.trusted else f"{text}\nDo not trust it: {self.reason}"

@@ -1,0 +1,1 @@
+"""Diagnostics: one question put to a posterior a file."""

@@ -1,0 +1,213 @@
+"""Programs with their observations: read once, with validation on, then handed to engines and estimators."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from probgen.bounds import sample_sites, validation
+from probgen.core import Batch, InputError, Program, Site, Stepwise, Target, check_finite, describe, did_you_mean
+from probgen.randomness import forked_rng
+
+
+class Pair(nn.Module):
+    """A Pyro model and a guide, both functions of a `Batch`, as one program.
+
+    Args:
+        model, guide: callables of one `Batch`; weights are found where these are nn.Modules, or in Pyro's store.
+
+    >>> import pyro.distributions as dist
+    >>> def model(batch):
+    ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    ...     with batch.plate():
+    ...         pyro.sample("y", dist.Normal(w, 1.0))
+    >>> Pair(model).model is model
+    True
+    """
+
+    def __init__(self, model: Callable[..., Any], guide: Callable[..., Any] | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.guide = guide
+
+
+def named(data: Any) -> dict[str, Tensor]:
+    """Observations by site name: a mapping as it is, a bare tensor as site "x"; everything checked to be finite."""
+    if data is None:
+        return {}
+    by_name = dict(data) if isinstance(data, Mapping) else {"x": data}
+    for name, value in by_name.items():
+        if not isinstance(value, Tensor):
+            raise InputError(f"Site {name!r}: expected a torch.Tensor, got {type(value).__name__}; use torch.as_tensor.")
+        check_finite(f"Site {name!r}", value)
+    return by_name
+
+
+def read(program: Any, data: Any = None, args: tuple[Any, ...] = (), *, num_rows: int | None = None) -> Target:
+    """Put observations into a program.
+
+    Args:
+        program: a `Program` (called with a `Batch`) or any Pyro function (called with `args`).
+        data: observed values by site name; for a `Program` each has one row a datum. A tensor alone is site "x".
+        args: the function's arguments; for a `Program` `(condition,)` or `(batch,)`.
+        num_rows: rows to simulate where neither data nor condition says it.
+
+    Raises `InputError` for values that are not finite or do not fit their site, and for sites that do not exist.
+    """
+    observed = named(data)
+    if isinstance(program, Program):
+        check_event(program, observed)
+        args = (_batch(observed, args, num_rows),)
+        model, guide = program.model, getattr(program, "guide", None)
+    elif callable(program):
+        model, guide = program, None
+    else:
+        raise InputError(f"A program is a Pyro function or has a method model(batch), got {type(program).__name__}.")
+    if observed:
+        model = pyro.condition(model, data=observed)
+    target = Target(program, model, guide, args, observed, read_sites, per_row=isinstance(program, Program))
+    if observed:
+        _check_names(target)
+    return target
+
+
+def _batch(observed: Mapping[str, Tensor], args: tuple[Any, ...], num_rows: int | None) -> Batch:
+    if args and isinstance(args[0], Batch):
+        return args[0]
+    if len(args) > 1:
+        raise InputError(f"A program of a Batch takes args=(condition,), got {len(args)} arguments.")
+    for name, value in observed.items():
+        if value.ndim == 0:
+            raise InputError(f"Site {name!r}: expected one row a datum, got a scalar; pass value[None].")
+    condition = args[0] if args else None
+    return Batch(observed, condition, num_rows=num_rows if not observed and condition is None else None)
+
+
+def check_event(program: Any, data: Mapping[str, Tensor]) -> None:
+    """Raise `InputError` where site "x" does not hold data of the program's `event_shape`."""
+    event = getattr(program, "event_shape", None)
+    x = data.get("x")
+    if event is None or x is None:
+        return
+    if x.shape[1:] != torch.Size(event):
+        hint = "add the row dimension: x[None]" if x.shape == torch.Size(event) else "reshape the data or the program"
+        raise InputError(
+            f"Site 'x' of {describe(program)}: expected shape (n, {', '.join(map(str, event))}), "
+            f"got {tuple(x.shape)}; {hint}."
+        )
+    if len(x) == 0:
+        raise InputError(f"Site 'x' of {describe(program)}: no data (0 rows).")
+    if not x.is_floating_point():
+        raise InputError(
+            f"Site 'x' of {describe(program)}: expected floating point data, got {x.dtype} in "
+            f"{int(x.min())}..{int(x.max())}; scale it (probgen.data.Quantised dequantises integer levels)."
+        )
+
+
+def _check_names(target: Target) -> None:
+    # A chain of T steps would need T network calls to be read; only its data can be observed.
+    known = ["x"] if isinstance(target.program, Stepwise) else list(target.sites)
+    for name in target.data:
+        if name not in known:
+            raise InputError(f"{describe(target.program)} has no site {name!r}; {did_you_mean(name, known)}")
+
+
+def read_sites(target: Target) -> dict[str, Site]:
+    """Run the program once, validation on, and describe its sample sites."""
+    with forked_rng(0), torch.no_grad(), restored_store(), validation(True):
+        try:
+            trace = poutine.trace(target.model).get_trace(*target.args)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"Running {describe(target.program)} on the given data and arguments failed: "
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} "
+                "Check the shapes of data and args against the program."
+            ) from error
+    return {name: _site(name, node) for name, node in sample_sites(trace).items() if not _is_factor(node)}
+
+
+def _is_factor(node: Mapping[str, Any]) -> bool:
+    return type(node["fn"]).__name__ in ("Unit", "_Subsample")
+
+
+def _site(name: str, node: Mapping[str, Any]) -> Site:
+    fn = node["fn"]
+    site = Site(
+        name,
+        tuple(fn.batch_shape),
+        tuple(fn.event_shape),
+        tuple(f.name for f in sorted(node["cond_indep_stack"], key=lambda f: f.dim or 0) if f.vectorized),
+        observed=node["is_observed"],
+        discrete=fn.has_enumerate_support or not node["value"].is_floating_point(),
+        reparametrised=fn.has_rsample,
+        enumerated=bool(node["infer"].get("enumerate")),
+    )
+    if site.observed:
+        _check_value(site, fn, node["value"])
+    return site
+
+
+def _check_value(site: Site, fn: Any, value: Tensor) -> None:
+    expected = site.batch_shape + site.event_shape
+    if tuple(value.shape) != expected:
+        raise InputError(f"Site {site.name!r}: expected shape {expected}, got {tuple(value.shape)}.")
+    with contextlib.suppress(NotImplementedError):
+        if not bool(fn.support.check(value).all()):
+            raise InputError(
+                f"Site {site.name!r}: values {value.min():.4g}..{value.max():.4g} of {value.dtype} leave the support "
+                f"of {type(fn).__name__} ({fn.support}). Transform the data or change the likelihood."
+            )
+
+
+def dims(target: Target) -> dict[str, tuple[str, ...]]:
+    """Names of the dimensions of every latent after (chain, draw): its plates, then its event dimensions."""
+    return {name: site_dims(site) for name, site in target.latents.items()}
+
+
+def site_dims(site: Site) -> tuple[str, ...]:
+    """Plates where the batch dimensions are plates, and a name of its own for every other dimension.
+
+    >>> site_dims(Site("z", (5,), (2,), ("data",), False, False, True, False))
+    ('data', 'z_dim_0')
+    """
+    named_plates = site.plates if len(site.plates) == len(site.batch_shape) else ()
+    rest = len(site.batch_shape) + len(site.event_shape) - len(named_plates)
+    return named_plates + tuple(f"{site.name}_dim_{i}" for i in range(rest))
+
+
+@contextlib.contextmanager
+def restored_store() -> Iterator[None]:
+    """Pyro's parameter store can be used, and fitted, inside the block, and is as it was found afterwards."""
+    store = pyro.get_param_store()
+    state = store.get_state()
+    # Optimisers write in place: the block works on copies.
+    copies = {name: value.detach().clone().requires_grad_(value.requires_grad) for name, value in state["params"].items()}
+    with store.scope({"params": copies, "constraints": state["constraints"]}):
+        yield
+
+
+@contextlib.contextmanager
+def frozen(program: Any) -> Iterator[None]:
+    """Weights need no gradients and layers are in evaluation mode inside the block; as found afterwards."""
+    if not isinstance(program, nn.Module):
+        yield
+        return
+    modules = [(module, module.training) for module in program.modules()]
+    parameters = [(parameter, parameter.requires_grad) for parameter in program.parameters()]
+    try:
+        program.eval()
+        program.requires_grad_(False)
+        yield
+    finally:
+        for module, training in modules:
+            module.training = training
+        for parameter, requires_grad in parameters:
+            parameter.requires_grad_(requires_grad)
