@@ -70,7 +70,10 @@ def to_arviz(posterior: Posterior, *, groups: Collection[str] | None = None, see
     """
     result = build(_arviz(), to_groups(posterior, groups=groups, seed=seed))
     result.attrs.update(
-        inference_library="probgen", engine=posterior.engine, kind=posterior.kind, guarantee=posterior.guarantee
+        inference_library="probgen",
+        engine=posterior.engine,
+        kind=posterior.kind,
+        guarantee=posterior.guarantee,
     )
     return result
 
@@ -131,7 +134,9 @@ def draws_table(posterior: Posterior) -> Any:
     groups = to_groups(posterior, groups=["posterior"])
     table = arviz.summary(build(arviz, groups), kind="stats", round_to="none")[["mean", "sd"]]
     total = posterior.num_chains * posterior.num_draws
-    columns = np.concatenate([value.reshape(total, -1) for value in groups.values["posterior"].values()], axis=1)
+    columns = np.concatenate(
+        [value.reshape(total, -1) for value in groups.values["posterior"].values()], axis=1
+    )
     quantiles = np.quantile(columns, (0.05, 0.5, 0.95), axis=0)
     errors = table["sd"] / np.sqrt(total)
     return table.assign(**dict(zip(("5%", "50%", "95%"), quantiles, strict=True)), mcse_mean=errors)
@@ -156,6 +161,23 @@ def energy_bfmi(energy: Array) -> Array:
     return np.asarray(_arviz().bfmi(energy))
 
 
+def pareto_khat(log_weights: Tensor) -> Tensor:
+    """Shape of the generalised Pareto tail of importance weights, `(sample, row)` -> `(row,)`; above 0.7 they fail.
+
+    Equal weights have no tail: their shape is given as -inf. Source: Vehtari et al. (2015), arXiv 1507.02646.
+    """
+    arviz = _arviz()
+    rows = log_weights.detach().double().cpu().numpy().T
+    if _is_nested(arviz):
+        from arviz_stats.base import array_stats  # type: ignore[import-not-found,unused-ignore]
+
+        khat = array_stats.psislw(rows)[1]
+    else:
+        khat = arviz.psislw(rows)[1]
+    equal = np.ptp(rows, axis=-1) == 0
+    return torch.as_tensor(np.where(equal, -np.inf, khat), device=log_weights.device)
+
+
 @dataclass(frozen=True)
 class LeaveOneOut:
     """ArviZ's answer: nats, `pareto_k` and `elpd_i` per row, `good_k` the bound below which k is fine."""
@@ -172,17 +194,26 @@ def leave_one_out(posterior: Posterior, log_lik: Tensor) -> LeaveOneOut:
     """PSIS-LOO (Vehtari, Gelman and Gabry 2017, arXiv 1507.04544) from log p(row | draw), `(chain, draw, *batch)`."""
     arviz = _arviz()
     groups = to_groups(posterior, groups=["posterior"])
-    data = build(arviz, Groups(groups.values | {"log_likelihood": _arrays({"y": log_lik})}, groups.dims, groups.coords))
+    data = build(
+        arviz, Groups(groups.values | {"log_likelihood": _arrays({"y": log_lik})}, groups.dims, groups.coords)
+    )
     efficiency = None if posterior.kind == "mcmc" else 1.0  # independent draws
     scale = {} if _is_nested(arviz) else {"scale": "log"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # bad k is told in sentences
         found = arviz.loo(data, pointwise=True, reff=efficiency, **scale)
     elpd, p_loo, rows = (
-        (found.elpd, found.p, found.elpd_i) if _is_nested(arviz) else (found.elpd_loo, found.p_loo, found.loo_i)
+        (found.elpd, found.p, found.elpd_i)
+        if _is_nested(arviz)
+        else (found.elpd_loo, found.p_loo, found.loo_i)
     )
     return LeaveOneOut(
-        float(elpd), float(found.se), float(p_loo), float(found.good_k), np.asarray(rows), np.asarray(found.pareto_k)
+        float(elpd),
+        float(found.se),
+        float(p_loo),
+        float(found.good_k),
+        np.asarray(rows),
+        np.asarray(found.pareto_k),
     )
 
 
@@ -200,7 +231,9 @@ def _is_nested(arviz: ModuleType) -> bool:
     return int(arviz.__version__.split(".")[0]) >= 1
 
 
-def _group_values(posterior: Posterior, groups: Collection[str], seed: int) -> dict[str, Mapping[str, Tensor]]:
+def _group_values(
+    posterior: Posterior, groups: Collection[str], seed: int
+) -> dict[str, Mapping[str, Tensor]]:
     values: dict[str, Mapping[str, Tensor]] = {}
     if "posterior" in groups:
         values["posterior"] = posterior.draws
@@ -216,12 +249,16 @@ def _group_values(posterior: Posterior, groups: Collection[str], seed: int) -> d
     return values
 
 
-def _prior_values(posterior: Posterior, groups: Collection[str], seed: int) -> dict[str, Mapping[str, Tensor]]:
+def _prior_values(
+    posterior: Posterior, groups: Collection[str], seed: int
+) -> dict[str, Mapping[str, Tensor]]:
     """One simulation serves both: `prior` has the latent sites, `prior_predictive` the observed ones."""
     if not groups:
         return {}
     target = require_target(posterior)
-    sites = {name: value[None] for name, value in simulations(target, num_draws=_PRIOR_DRAWS, seed=seed).items()}
+    sites = {
+        name: value[None] for name, value in simulations(target, num_draws=_PRIOR_DRAWS, seed=seed).items()
+    }
     observed = observations(target)
     parts = {
         "prior": {name: value for name, value in sites.items() if name not in observed},
@@ -233,7 +270,9 @@ def _prior_values(posterior: Posterior, groups: Collection[str], seed: int) -> d
 def _statistics(posterior: Posterior) -> dict[str, Tensor]:
     """Statistics of each draw; those of a whole chain (its step size) are repeated along it, as ArviZ expects."""
     shape = (posterior.num_chains, posterior.num_draws)
-    per_chain = {name: value[:, None].expand(shape) for name, value in posterior.run_stats.items() if value.ndim == 1}
+    per_chain = {
+        name: value[:, None].expand(shape) for name, value in posterior.run_stats.items() if value.ndim == 1
+    }
     return per_chain | dict(posterior.stats)
 
 

@@ -15,6 +15,7 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions import kl_divergence
 
 from probgen.core import InputError, did_you_mean
 
@@ -32,8 +33,9 @@ def trace_pair(
 
 
 def sample_sites(trace: Any) -> Sites:
-    """The sample sites of a trace, in order, factors included."""
-    return {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+    """The sample sites of a trace, in order, factors included, without the bookkeeping of plates."""
+    subsampled = poutine.util.site_is_subsample
+    return {name: site for name, site in trace.nodes.items() if site["type"] == "sample" and not subsampled(site)}
 
 
 def plate_nesting(*traces: Any) -> int:
@@ -95,8 +97,29 @@ class NegativeELBO:
         order = [name for name, site in model_sites.items() if not site["is_observed"]]
         same_order = order == [name for name in guide_sites if name in order]
         if same_order and all(site["fn"].has_rsample for site in guide_sites.values()):
-            return TraceMeanField_ELBO(**options)
+            closed = guide_sites.keys() == set(order) and all(
+                _closed_kl(guide_sites[name]["fn"], model_sites[name]["fn"]) for name in order
+            )
+            return _ClosedForm(**options) if closed else TraceMeanField_ELBO(**options)
         return Trace_ELBO(**options)
+
+
+class _ClosedForm(TraceMeanField_ELBO):  # type: ignore[misc]
+    """Pyro's mean-field bound where every KL is known: the draws of latent sites need no scores then."""
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        model_trace, guide_trace = trace_pair(model, guide, args, kwargs)
+        model_trace.compute_log_prob(lambda name, site: site["is_observed"])
+        return model_trace, guide_trace
+
+
+def _closed_kl(q: Any, p: Any) -> bool:
+    """Whether KL(q || p) has a formula."""
+    try:
+        kl_divergence(q, p)
+    except NotImplementedError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

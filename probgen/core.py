@@ -187,12 +187,16 @@ class ReverseChain:
 class Stepwise(Guided, Protocol):
     """A program whose ELBO is a sum of steps, each with one network call (a hierarchical chain).
 
-    Its model and guide take the steps to evaluate as `t`, `(batch,)` integers of `steps()`: the bound then counts
-    that one step `len(steps())` times. With t = None they run the full chain.
+    Its model and guide take the step of each row as `t`, `(batch,)` integers of `steps()`: the bound then counts that
+    one step `weight` times, `(batch,)`. `weight` = 1/probability of having drawn it keeps the bound unbiased; None is
+    `len(steps())`, for steps drawn uniformly. With t = None they run the full chain.
     """
 
     def steps(self) -> range:
         """The steps whose terms need the network."""
+
+    def step_probabilities(self) -> Tensor:
+        """How often to draw each of `steps()` so that the bound's gradient varies little: `(len(steps()),)`."""
 
     def step_term(self, x_0: Tensor, k: Tensor, /) -> Tensor:
         """Nats lost at step k: x_0 `(batch, *event)`, k `(batch,)` in `steps()` -> one-sample estimate `(batch,)`."""

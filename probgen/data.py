@@ -1,7 +1,7 @@
 """Data and their conventions: integer levels 0..K-1, dequantised uniformly and scaled to [-1, 1].
 
-A data set here is indexed by a tensor of rows and answers with a tensor of data, so that a minibatch is one call.
-Noise comes from torch's random stream: seed it to repeat it.
+A data set here is indexed by a tensor of rows and answers with a tensor of data: a minibatch is one call. Noise
+comes from torch's random stream: seed it to repeat it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def binarise_threshold(levels: Tensor, num_levels: int) -> Tensor:
 
 
 def binarise_stochastic(levels: Tensor, num_levels: int) -> Tensor:
-    """1 with probability k / (K - 1), drawn anew at every call; its likelihood is another one than the threshold's.
+    """1 with probability k / (K - 1), drawn anew at every call: another likelihood than the threshold's.
 
     Source: Salakhutdinov and Murray 2008, ICML, section 4.
 
@@ -78,7 +78,7 @@ def binarise_stochastic(levels: Tensor, num_levels: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Quantised:
-    """Integer data, served dequantised: `data[index]` is x = 2 (k + u)/K - 1 of those rows, with a new u every time.
+    """Integer data, served dequantised: `data[index]` is x = 2 (k + u)/K - 1 of those rows, u new every time.
 
     Args:
         levels: k, integers in 0..K-1, of shape (n, *event), n > 0.
@@ -133,7 +133,7 @@ class Quantised:
         return dequantise(self.levels, self.num_levels)
 
     def bits_per_dim(self, log_prob: Tensor) -> Tensor:
-        """-(log p(x) + d log(2/K)) / (d ln 2), the cost of one *level* in bits; at most log2 K for a uniform law.
+        """-(log p(x) + d log(2/K)) / (d ln 2), the cost of one *level* in bits; log2 K for a uniform law.
 
         Args:
             log_prob: log p(x) in nats of dequantised data on [-1, 1], or a bound or mean of it; any shape.
@@ -172,12 +172,12 @@ def digits() -> tuple[Quantised, Quantised]:
 
 
 def mnist(folder: str | os.PathLike[str] | None = None) -> tuple[Quantised, Quantised]:
-    """Full MNIST, 28 x 28 of levels 0..255 (K = 256), event shape (1, 28, 28): (60,000 train, 10,000 held out).
+    """Full MNIST, 28 x 28 of levels 0..255 (K = 256), event shape (1, 28, 28): 60,000 and 10,000 held out.
 
     Args:
-        folder: holds `mnist_train.npz` and `mnist_test.npz` (arrays `images`, `labels`), or the four idx files of
-            the original distribution, gzipped or not (Fashion-MNIST's have the same names). By default, `mnist` in
-            the folder that the environment variable PROBGEN_DATA names.
+        folder: holds `mnist_train.npz` and `mnist_test.npz` (arrays `images`, `labels`), or the four idx files
+            of the original distribution, gzipped or not (Fashion-MNIST's have the same names). By default,
+            `mnist` in the folder that the environment variable PROBGEN_DATA names.
 
     Raises:
         InputError: no such folder or file, or a file that does not hold n images with n labels.
@@ -228,8 +228,8 @@ def read_idx(path: str | os.PathLike[str]) -> Tensor:
     shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4)]
     if not num_dims or len(content) != start + math.prod(shape):
         raise InputError(
-            f"{path} is not an idx file of bytes: expected the header 00 00 08 (number of dimensions), the sizes, and "
-            f"as many bytes as they say, got {content[:4].hex(' ')} and {len(content)} bytes."
+            f"{path} is not an idx file of bytes: expected the header 00 00 08 (number of dimensions), the sizes, "
+            f"and as many bytes as they say, got {content[:4].hex(' ')} and {len(content)} bytes."
         )
     return torch.frombuffer(bytearray(content[start:]), dtype=torch.uint8).reshape(shape)
 
@@ -238,14 +238,14 @@ def _data_folder() -> str:
     folder = os.environ.get("PROBGEN_DATA")
     if not folder:
         raise InputError(
-            "MNIST is not part of probgen: set the environment variable PROBGEN_DATA to the folder that holds "
-            "mnist/, or give mnist() a folder. The digits of scikit-learn need neither: digits()."
+            "MNIST is not part of probgen: set the environment variable PROBGEN_DATA to the folder that "
+            "holds mnist/, or give mnist() a folder. The digits of scikit-learn need neither: digits()."
         )
     return folder
 
 
 def _read_images(folder: Path, npz_name: str, idx_name: str) -> Quantised:
-    """One part of MNIST, from `mnist_<npz_name>.npz` or from `<idx_name>-images-idx3-ubyte[.gz]` and its labels."""
+    """One part of MNIST: `mnist_<npz_name>.npz`, or `<idx_name>-images-idx3-ubyte[.gz]` and its labels."""
     npz = folder / f"mnist_{npz_name}.npz"
     idx = [folder / f"{idx_name}-{what}-ubyte" for what in ("images-idx3", "labels-idx1")]
     zipped = [path.with_name(f"{path.name}.gz") for path in idx]

@@ -61,10 +61,10 @@ class ReverseField:
         self.calls = 0
         self._table: dict[int, tuple[Any, ...]] = {}
 
-    def tabulate(self) -> None:
-        """Work out every coefficient a fixed-step method will ask for, before the loop."""
+    def tabulate(self, x: Tensor) -> None:
+        """Work out every coefficient a fixed-step method will ask for, before the loop; times in the dtype of x."""
         nodes = torch.arange(self.num_steps * _NODES_PER_STEP + 1, dtype=torch.float64) / _NODES_PER_STEP
-        self._table = dict(enumerate(_scalars(self._coefficients(nodes))))
+        self._table = dict(enumerate(_rows(x, *self._coefficients(nodes))))
 
     def _coefficients(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """t, then the factors on x, on the network's output and on unit noise, all per unit of u."""
@@ -82,27 +82,26 @@ class ReverseField:
             (self.a * g2 * speed.abs()).sqrt(),
         )
 
-    def at(self, u: float) -> tuple[Any, ...]:
-        """The four coefficients at clock u: t, on_x, on_output, on_noise."""
+    def at(self, u: float, x: Tensor) -> tuple[Any, ...]:
+        """The four coefficients at clock u: t as a tensor `(1,)` in the dtype of x, on_x, on_output, on_noise."""
         node = round(u * _NODES_PER_STEP)
         if node in self._table and abs(u * _NODES_PER_STEP - node) < 1e-3:
             return self._table[node]
-        return _scalars(self._coefficients(torch.tensor([u], dtype=torch.float64)))[0]
+        return _rows(x, *self._coefficients(torch.tensor([u], dtype=torch.float64)))[0]
 
     def drift(self, u: float, x: Tensor) -> Tensor:
         """dx/du without the noise; x `(batch, *event)`."""
-        t, on_x, on_output, _ = self.at(u)
+        t, on_x, on_output, _ = self.at(u, x)
         return self._drift(x, t, on_x, on_output)
 
     def drift_and_noise(self, u: float, x: Tensor, increment: Tensor) -> tuple[Tensor, Tensor]:
         """dx/du and the noise of a step whose Brownian increment is given."""
-        t, on_x, on_output, on_noise = self.at(u)
+        t, on_x, on_output, on_noise = self.at(u, x)
         return self._drift(x, t, on_x, on_output), _times(on_noise, increment)
 
-    def _drift(self, x: Tensor, t: float, on_x: Any, on_output: Any) -> Tensor:
+    def _drift(self, x: Tensor, t: Tensor, on_x: Any, on_output: Any) -> Tensor:
         self.calls += 1
-        output = self.denoiser.output(x, torch.full((1,), t, dtype=x.dtype, device=x.device))
-        return _times(on_x, x).add_(_times(on_output, output))
+        return _times(on_x, x).add_(_times(on_output, self.denoiser.output(x, t)))
 
     def finish(self, x: Tensor) -> Tensor:
         """E[x_0 | x] at the last time of the grid."""
@@ -110,7 +109,6 @@ class ReverseField:
         t = torch.full((1,), self.grid.t_min, dtype=torch.float64)
         on_x, on_output = (_scalar(value[0]) for value in self.denoiser.coefficients(t))
         return _times(on_x, x) + _times(on_output, self.denoiser.output(x, t.to(x)))
-
 
     def start(self, noise: Tensor) -> Tensor:
         """x_1 ~ N(0, sigma(1)^2), the terminal law, from unit noise."""
@@ -147,8 +145,9 @@ def _scalar(value: Tensor) -> Any:
     return value.item() if value.ndim == 0 else value
 
 
-def _scalars(columns: tuple[Tensor, ...]) -> list[tuple[Any, ...]]:
-    return list(zip(*(column.tolist() if column.ndim == 1 else list(column) for column in columns), strict=True))
+def _rows(x: Tensor, times: Tensor, *factors: Tensor) -> list[tuple[Any, ...]]:
+    columns = (factor.tolist() if factor.ndim == 1 else list(factor) for factor in factors)
+    return list(zip(times[:, None].to(x), *columns, strict=True))
 
 
 def _times(coefficient: Any, x: Tensor) -> Tensor:
@@ -169,7 +168,7 @@ def solve_sde(field: ReverseField, x_1: Tensor, brownian: BrownianSteps, method:
 
     if method not in SDE_METHODS:
         raise InputError(f"Unknown SDE method {method!r}; {did_you_mean(method, SDE_METHODS)}")
-    field.tabulate()
+    field.tabulate(x_1)
     system = _TorchSDE(field, x_1.shape)
     clock = torch.tensor([0.0, float(field.num_steps)], dtype=torch.float64)
     path = torchsde.sdeint(system, x_1.flatten(1), clock, bm=_BrownianAdapter(brownian), method=method, dt=1.0)
@@ -224,7 +223,7 @@ def solve_ode(field: ReverseField, x_1: Tensor, method: str, rtol: float, atol: 
         raise InputError(f"Unknown ODE method {method!r}; {did_you_mean(method, ODE_FIXED + ODE_ADAPTIVE)}")
     options = {}
     if method in ODE_FIXED:
-        field.tabulate()
+        field.tabulate(x_1)
         options["step_size"] = 1.0
     clock = torch.tensor([0.0, float(field.num_steps)], dtype=torch.float64)
     path = odeint(

@@ -1,7 +1,7 @@
 """Small networks, each replaceable by any `nn.Module` of the same signature.
 
-A denoiser is called `net(x, t)` with t in [0, 1] of shape (batch,), or (1,) for one time for all; its output layer
-starts at zero. None holds running statistics: an output depends on its own row alone.
+A denoiser is called `net(x, t)` with t in [0, 1] of shape (batch,), or (1,) for one time for all; its output
+layer starts at zero. None holds running statistics: an output depends on its own row alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class TimeEmbedding(nn.Module):
     Args:
         width: length of the embedding, > 0.
         num_frequencies: number of w_i, >= 2.
-        max_frequency: largest w_i, in radians over the whole of [0, 1]: steps closer than its inverse look alike.
+        max_frequency: largest w_i, in radians per unit of time: steps closer than its inverse look alike.
 
     Returns:
         For t of shape (batch,), a tensor of shape (batch, width).
@@ -144,7 +144,7 @@ class GaussianMLP(nn.Module):
 
 
 class TimeMLP(nn.Module):
-    """Residual MLP net(x, t) for any event shape: h <- h + W_2 silu(W_1 norm(h) + V e(t)), e the time embedding.
+    """Residual MLP net(x, t) for any event shape: h <- h + W_2 silu(W_1 norm(h) + V e(t)), e embeds time.
 
     Args:
         event_shape: shape of one datum and of one output.
@@ -152,13 +152,13 @@ class TimeMLP(nn.Module):
         num_blocks: number of residual blocks, > 0.
 
     Returns:
-        For x of shape (batch, *event_shape) and t of shape (batch,) or (1,) in [0, 1], a tensor shaped as x; zero
-        before training.
+        For x of shape (batch, *event_shape) and t in [0, 1] of shape (batch,) or (1,), a tensor shaped as x;
+        zero before training.
 
     Raises:
         InputError: a size <= 0, or x or t of another shape.
 
-    Source: He 2016 (arXiv 1603.05027), pre-activation blocks; Ho 2020 (arXiv 2006.11239), time added inside each block.
+    Source: He 2016 (arXiv 1603.05027), the blocks; Ho 2020 (arXiv 2006.11239), time added inside each.
 
     >>> TimeMLP((2,), width=32)(torch.randn(5, 2), torch.rand(5)).abs().max().item()
     0.0
@@ -186,8 +186,9 @@ class TimeMLP(nn.Module):
 class UNet(nn.Module):
     """Small convolutional U-Net net(x, t) for images (channels, height, width) of any height and width.
 
-    One level for each of `widths`; the image is halved (rounded up) between levels, and each level's features on
-    the way down are concatenated to those on the way up. Group normalisation, scaled and shifted by time; no attention.
+    One level for each of `widths`; the image is halved (rounded up) between levels, and each level's features
+    on the way down are concatenated to those on the way up. Group normalisation, scaled and shifted by time; no
+    attention.
 
     Args:
         event_shape: (channels, height, width) of one image and of one output.
@@ -195,8 +196,8 @@ class UNet(nn.Module):
         num_blocks: residual blocks at each level and in each direction, > 0.
 
     Returns:
-        For x of shape (batch, channels, height, width) and t of shape (batch,) or (1,) in [0, 1], a tensor shaped
-        as x; zero before training.
+        For x of shape (batch, channels, height, width) and t in [0, 1] of shape (batch,) or (1,), a tensor
+        shaped as x; zero before training.
 
     Raises:
         InputError: an event shape that is no image, no widths, a size <= 0, or x or t of another shape.
@@ -362,16 +363,16 @@ def _flatten(x: Tensor, event_shape: tuple[int, ...]) -> tuple[Tensor, tuple[int
 def _check_event(x: Tensor, event_shape: tuple[int, ...]) -> None:
     if tuple(x.shape[x.dim() - len(event_shape) :]) != event_shape or x.dim() < len(event_shape):
         raise InputError(
-            f"A network was given data of the wrong shape: expected (batch, *{event_shape}), got {tuple(x.shape)}. "
-            "Reshape the data, or build the network for their event shape."
+            f"A network was given data of the wrong shape: expected (batch, *{event_shape}), "
+            f"got {tuple(x.shape)}. Reshape the data, or build the network for their event shape."
         )
 
 
 def _check_image(name: str, event_shape: Sequence[int]) -> None:
     if len(event_shape) != 3:
         raise InputError(
-            f"{name} works on images: expected an event shape (channels, height, width), got {tuple(event_shape)}. "
-            "For other data use TimeMLP (with time) or MLP (without)."
+            f"{name} works on images: expected an event shape (channels, height, width), "
+            f"got {tuple(event_shape)}. For other data use TimeMLP (with time) or MLP (without)."
         )
 
 

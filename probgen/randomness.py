@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,8 @@ from torch import Tensor
 from probgen.core import InputError
 
 _WORDS_PER_BLOCK = 4  # one Philox counter step yields four 64-bit words, each word two normals
+# Between two calls of a network the processor forgets this code: noise of several steps costs little more than of one.
+_KEYS_AHEAD, _NORMALS_AHEAD = 16, 2**17
 
 
 @dataclass(frozen=True)
@@ -51,17 +53,38 @@ class Noise:
 
     def __call__(self, key: int) -> Tensor:
         """N(0, I) of shape `(num_chains * num_draws, *shape)` for an integer key in [0, 2^64)."""
+        return self._block([key])[0]
+
+    def each(self, keys: Sequence[int]) -> Iterator[Tensor]:
+        """What a call gives for each key in turn, worked out several keys at a time.
+
+        >>> noise = Noise(seed=0, num_chains=1, num_draws=2, shape=(3,))
+        >>> all(torch.equal(z, noise(key)) for key, z in enumerate(noise.each(range(20))))
+        True
+        """
+        for first in range(0, len(keys), self.keys_ahead):
+            yield from self._block(keys[first : first + self.keys_ahead])
+
+    @property
+    def keys_ahead(self) -> int:
+        """How many keys are worked out at a time: fewer where the noise of one is large."""
+        size = self.num_chains * self.num_draws * math.prod(self.shape)
+        return max(1, min(_KEYS_AHEAD, _NORMALS_AHEAD // size))
+
+    def _block(self, keys: Sequence[int]) -> tuple[Tensor, ...]:
         size = math.prod(self.shape)
         blocks = -(-size // (2 * _WORDS_PER_BLOCK))
         count = self.num_draws * blocks * _WORDS_PER_BLOCK
         words = np.concatenate(
             [
                 np.random.Philox(key=[self.seed, key], counter=[self.first * blocks, chain, 0, 0]).random_raw(count)
+                for key in keys
                 for chain in range(self.num_chains)
             ]
         )
-        normals = _box_muller(words.reshape(self.num_chains * self.num_draws, -1), self.dtype)
-        return normals[:, :size].reshape(-1, *self.shape).to(self.device)
+        rows = self.num_chains * self.num_draws
+        normals = _box_muller(words.reshape(len(keys) * rows, -1), self.dtype)[:, :size]
+        return normals.reshape(len(keys), rows, *self.shape).to(self.device).unbind()
 
 
 def _box_muller(words: np.ndarray, dtype: torch.dtype) -> Tensor:
@@ -89,6 +112,7 @@ class BrownianSteps:
     def __init__(self, noise: Noise) -> None:
         self.noise = noise
         self._last = (-math.inf, -math.inf)
+        self._ahead: dict[int, Tensor] = {}
 
     def increment(self, a: float, b: float) -> Tensor:
         """W(b) - W(a), shape `(rows, size)`."""
@@ -98,8 +122,18 @@ class BrownianSteps:
                 "have independent increments. Use a fixed-step method."
             )
         self._last = (a, b)
-        z = self.noise(time_key(a, b))
-        return z.flatten(1).mul_(math.sqrt(b - a))
+        key = time_key(a, b)
+        if key not in self._ahead:
+            self._look_ahead(a, b)
+        return self._ahead[key]
+
+    def _look_ahead(self, a: float, b: float) -> None:
+        """Work out this step and those that follow if steps stay as long as it is."""
+        step = b - a
+        keys = [time_key(a + i * step, b + i * step) for i in range(self.noise.keys_ahead)]
+        self._ahead = {
+            key: z.flatten(1).mul_(math.sqrt(step)) for key, z in zip(keys, self.noise.each(keys), strict=True)
+        }
 
 
 def time_key(a: float, b: float = 0.0) -> int:

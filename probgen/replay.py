@@ -6,6 +6,7 @@ no rule for) are run once a draw, with the same law.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -32,14 +33,20 @@ def observations(target: Target) -> dict[str, Tensor]:
         return dict(target.data)
     with _quietly(target, seed=0):
         nodes = _run(target.model, target.args)
-    return {name: node["value"] for name, node in nodes.items() if node["is_observed"] and not _is_bookkeeping(node)}
+    return {
+        name: node["value"]
+        for name, node in nodes.items()
+        if node["is_observed"] and not _is_bookkeeping(node)
+    }
 
 
 def unrecorded(posterior: Posterior, *, summed_out: bool) -> list[str]:
     """Latent sites of the target that have no draws; those summed out by enumeration only where asked for."""
     latents = require_target(posterior).latents
     return [
-        name for name, site in latents.items() if name not in posterior.draws and (summed_out or not site.enumerated)
+        name
+        for name, site in latents.items()
+        if name not in posterior.draws and (summed_out or not site.enumerated)
     ]
 
 
@@ -57,7 +64,9 @@ def log_likelihood(posterior: Posterior) -> dict[str, Tensor]:
     def pick(nodes: dict[str, Node]) -> dict[str, Tensor]:
         return {name: _row_log_prob(node) for name, node in nodes.items() if name in names}
 
-    flat = _over_draws(target, target.model, {site: posterior.flat(site) for site in posterior.draws}, pick, seed=0)
+    flat = _over_draws(
+        target, target.model, {site: posterior.flat(site) for site in posterior.draws}, pick, seed=0
+    )
     return {name: value.unflatten(0, (posterior.num_chains, -1)) for name, value in flat.items()}
 
 
@@ -190,5 +199,13 @@ def _run(model: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, Node]:
 @contextmanager
 def _quietly(target: Target, seed: int) -> Iterator[None]:
     """Nothing outside changes: random stream, parameter store, weights and layers' modes, Pyro's validation."""
-    with forked_rng(seed), restored_store(), frozen(target.program), validation(False), torch.no_grad():
+    with (
+        forked_rng(seed),
+        restored_store(),
+        frozen(target.program),
+        validation(False),
+        torch.no_grad(),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "There is a performance drop")  # vmap on some rarer samplers
         yield

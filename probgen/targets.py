@@ -135,7 +135,7 @@ def read_sites(target: Target) -> dict[str, Site]:
 
 
 def _is_factor(node: Mapping[str, Any]) -> bool:
-    return type(node["fn"]).__name__ in ("Unit", "_Subsample")
+    return type(node["fn"]).__name__ == "Unit"
 
 
 def _site(name: str, node: Mapping[str, Any]) -> Site:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 METHOD_FOLDERS = ("models", "objectives", "inference", "evidence", "diagnostics")
-FACES = ("verbs", "discovery", "cli", "report", "__main__")
+FACES = ("cli", "report", "__main__")
+BY_NAME = "discovery"  # the support file that looks methods up by folder, naming none
 MAY_IMPORT = {
     "core": set(),
     "support": {"core", "support"},
@@ -127,12 +128,9 @@ def unit_of(dotted: str, units: set[str]) -> str:
 def check_import(source: Source, dotted: str, units: set[str]) -> str:
     """What is wrong with importing `dotted` there; "" if nothing is."""
     if not dotted:
-        hidden = layer(source.unit) not in ("root", "faces")
-        return (
-            "imports a module whose name cannot be read here; only the faces look methods up by name"
-            if hidden
-            else ""
-        )
+        hidden = layer(source.unit) not in ("root", "faces") and source.unit != BY_NAME
+        message = f"imports a module whose name cannot be read here; only {BY_NAME}.py looks methods up by name"
+        return message if hidden else ""
     top = dotted.split(".")[0]
     if top in ("models", "inference"):
         return f"imports {dotted} through the link at the root: import probgen.{dotted}"

@@ -33,7 +33,7 @@ def test_quantise_inverts_dequantise(num_levels):
 
 
 def test_dequantisation_is_uniform_within_a_level():
-    """Kolmogorov-Smirnov at n = 20,000: the bound is passed with probability 1e-4 and detects a shift of 2 %."""
+    """Kolmogorov-Smirnov at n = 20,000: false alarm with probability 1e-4, detects a shift of 2 %."""
     num_rows = 20_000
     u = ((dequantise(torch.full((num_rows,), 3), 17) + 1) * 17 / 2 - 3).sort().values
     bound = math.sqrt(math.log(2 / 1e-4) / 2 / num_rows)
@@ -65,7 +65,7 @@ def test_rows_are_those_asked_for():
 
 
 def test_bits_per_dim_of_a_known_law():
-    """Levels of three values with known probabilities: the dequantised density costs exactly their entropy."""
+    """Three levels of known probabilities: the dequantised density costs their surprise exactly."""
     probs = torch.tensor([0.5, 0.25, 0.25])
     levels = torch.tensor([0, 0, 1, 2])[:, None].repeat(1, 5)
     data = Quantised(levels, 3)

@@ -11,7 +11,7 @@ from probgen.diagnostics.frechet import example, frechet_distance, frechet_floor
 
 
 def with_moments(num_rows: int, mean: Tensor, covariance: Tensor) -> Tensor:
-    """Rows whose sample mean and sample covariance are exactly these, so that closed forms hold to rounding."""
+    """Rows whose sample mean and covariance are exactly these, so that closed forms hold to rounding."""
     x = torch.randn(num_rows, len(mean), dtype=torch.float64)
     x = x - x.mean(0)
     whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(torch.cov(x.T)), x.T, upper=False)
@@ -63,7 +63,7 @@ def test_rotations_leave_it_and_scales_square():
 
 
 def test_singular_covariances_and_float32_are_no_trouble():
-    """More features than rows and constant columns; in float32 squares of 1e3 would leave errors of order 1."""
+    """More features than rows, constant columns; in float32 squares of 1e3 would leave errors of order 1."""
     a = torch.cat([1e3 + torch.randn(20, 40), torch.zeros(20, 3)], dim=1)
     assert frechet_distance(a, a + 1) == pytest.approx(43, rel=1e-4)
     assert frechet_distance(torch.zeros(2, 1), torch.ones(2, 1)) == pytest.approx(1)
@@ -73,7 +73,7 @@ def test_singular_covariances_and_float32_are_no_trouble():
     "spoil", [lambda x: x + 0.15, lambda x: 1.1 * x, lambda x: x[:, [0] * 16], lambda x: x[:50].repeat(10, 1)]
 )
 def test_the_floor_tells_reality_from_small_faults(spoil):
-    """A shift of 0.15 sd, a scale of 1.1, lost directions and lost variety are seen; another true half is not."""
+    """A shift of 0.15 sd, a scale of 1.1, lost directions, lost variety are seen; another true half is not."""
     data, more = torch.randn(1000, 16), torch.randn(500, 16)
     floor = frechet_floor(data)
     assert frechet_distance(more, data[:500]) < 1.5 * floor

@@ -84,7 +84,9 @@ def example() -> Agreement:
 def _z_scores(a: Posterior, b: Posterior, site: str) -> Array:
     shape_a, shape_b = a[site].shape[2:], b[site].shape[2:]
     if shape_a != shape_b:
-        raise InputError(f"Site {site!r}: shape {tuple(shape_a)} in {a.engine}, {tuple(shape_b)} in {b.engine}.")
+        raise InputError(
+            f"Site {site!r}: shape {tuple(shape_a)} in {a.engine}, {tuple(shape_b)} in {b.engine}."
+        )
     (value_a, error_a), (value_b, error_b) = _moments(a, site), _moments(b, site)
     error = np.hypot(error_a, error_b)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -109,7 +111,9 @@ def _error(posterior: Posterior, x: Array) -> Array:
         return chain_error(x)
     if posterior.kind == "weighted":
         if len(x) < 2:
-            raise InputError(f"{posterior.engine}: the error of resampled particles needs runs; use num_chains >= 2.")
+            raise InputError(
+                f"{posterior.engine}: the error of resampled particles needs runs; use num_chains >= 2."
+            )
         return np.asarray(x.mean(1).std(0, ddof=1) / np.sqrt(len(x)))
     return np.asarray(x.std((0, 1), ddof=1) / np.sqrt(x.shape[0] * x.shape[1]))
 

@@ -11,11 +11,11 @@ from probgen.core import InputError, check_count, check_finite
 
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
-    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^{1/2}), the squared 2-Wasserstein distance of fitted Gaussians.
+    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^{1/2}): squared 2-Wasserstein distance of fitted Gaussians.
 
-    The trace of the root is the sum of the singular values of S_a^{1/2} S_b^{1/2}: no root of a matrix that is not
-    symmetric is ever taken, and all is float64. Finite samples of one law lie apart too: compare with
-    `frechet_floor` at the same sample size.
+    The trace of the root is the sum of the singular values of S_a^{1/2} S_b^{1/2}: only symmetric matrices have
+    their roots taken, in float64. Finite samples of one law lie apart too: compare with `frechet_floor` at the
+    same sample size.
 
     Args:
         features_a: (n, d), n >= 2, floating point: one row of features a sample.
@@ -43,10 +43,10 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
 
 
 def frechet_floor(features: Tensor, seed: int = 0, num_splits: int = 5) -> float:
-    """The Fréchet distance between two random halves of the same data, median over splits: what zero looks like.
+    """The Fréchet distance between two random halves of one data set, median over splits: what zero looks like.
 
-    A generator is judged by frechet_distance(generated, half of the real data) / floor, with as many generated
-    samples as half the data has; 1 is then as good as reality.
+    A generator is judged by frechet_distance(generated, half of the real data) / floor, with as many samples as
+    half the data has; 1 is then as good as reality.
 
     Args:
         features: (n, d), n >= 4: features of real data.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,7 +53,10 @@ class LOO:
             f"effective number of parameters {self.p_loo:.3g}."
         )
         verdict = f"Every Pareto k is below {self.good_k:.2f}." if self.ok else ""
-        return "\n".join(line for line in (head, verdict, *(f"- {sentence}" for sentence in self.advice)) if line)
+        advice = [
+            textwrap.fill(line, 100, initial_indent="- ", subsequent_indent="  ") for line in self.advice
+        ]
+        return "\n".join(line for line in (head, verdict, *advice) if line)
 
 
 def loo(posterior: Posterior, site: str | None = None) -> LOO:
@@ -116,10 +120,12 @@ def _advice(posterior: Posterior, site: str, pareto_k: Array, good_k: float) -> 
         rows = ", ".join(str(i[0]) if len(i) == 1 else str(tuple(map(int, i))) for i in bad[:4])
         more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
         advice.append(
-            f"{len(bad)} of {pareto_k.size} rows of {site} have Pareto k >= {good_k:.2f} (rows {rows}{more}): the "
-            "posterior would change too much without them for elpd to be believed. Refit without those rows one at a time, "
-            "use a likelihood with heavier tails, or sum out latents that belong to one row."
+            f"{len(bad)} of {pareto_k.size} rows of {site} have Pareto k >= {good_k:.2f} (row {rows}{more}): the "
+            "posterior would change too much without them for elpd to be believed. Refit without those rows "
+            "one at a time, use a likelihood with heavier tails, or sum out latents that belong to one row."
         )
     if posterior.guarantee == "approximate":
-        advice.append("The draws come from an approximation: elpd is that of the approximation, not of the program.")
+        advice.append(
+            "The draws come from an approximation: elpd is that of the approximation, not of the program."
+        )
     return advice

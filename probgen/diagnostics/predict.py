@@ -17,7 +17,9 @@ from probgen.replay import predictions, require_target, simulations
 from probgen.targets import read, site_dims
 
 
-def predict(source: Any, *, num_draws: int | None = None, args: tuple[Any, ...] = (), seed: int = 0) -> Posterior:
+def predict(
+    source: Any, *, num_draws: int | None = None, args: tuple[Any, ...] = (), seed: int = 0
+) -> Posterior:
     """Draw data from a program, or from a posterior.
 
     A program gives (z, x) ~ p(z) p(x | z), every site of it: the prior predictive. A posterior gives
@@ -59,7 +61,9 @@ def example() -> Posterior:
     return predict(model, num_draws=2000)
 
 
-def _from_posterior(posterior: Posterior, num_draws: int | None, args: tuple[Any, ...], seed: int) -> Posterior:
+def _from_posterior(
+    posterior: Posterior, num_draws: int | None, args: tuple[Any, ...], seed: int
+) -> Posterior:
     started = time.perf_counter()
     draws = predictions(posterior, args=args, num_draws=num_draws, seed=seed)
     cost = Cost(seconds=time.perf_counter() - started)

@@ -50,7 +50,10 @@ class Summary:
 
     def __str__(self) -> str:
         verdict = "Nothing that was checked is wrong." if self.ok else "Do not rely on these draws yet:"
-        advice = [textwrap.fill(sentence, 100, initial_indent="- ", subsequent_indent="  ") for sentence in self.advice]
+        advice = [
+            textwrap.fill(sentence, 100, initial_indent="- ", subsequent_indent="  ")
+            for sentence in self.advice
+        ]
         return "\n".join([self.heading, "", _shown(self.table), "", verdict, *advice])
 
 
@@ -96,7 +99,10 @@ def example() -> Posterior:
         cost=Cost(),
         dims={"z": ("school",)},
         coords={"school": ["north", "east", "south"]},
-        stats={"diverging": torch.zeros(4, 500, dtype=torch.bool), "lp": torch.randn(4, 500, generator=generator)},
+        stats={
+            "diverging": torch.zeros(4, 500, dtype=torch.bool),
+            "lp": torch.randn(4, 500, generator=generator),
+        },
     )
 
 
@@ -169,7 +175,9 @@ def _divergences(stats: Mapping[str, Tensor]) -> Iterator[str]:
 
 
 def _deep_trees(stats: Mapping[str, Tensor]) -> Iterator[str]:
-    share = float(stats["reached_max_tree_depth"].double().mean()) if "reached_max_tree_depth" in stats else 0.0
+    share = (
+        float(stats["reached_max_tree_depth"].double().mean()) if "reached_max_tree_depth" in stats else 0.0
+    )
     if share > MAX_DEEP_TREES:
         yield (
             f"{share:.0%} of the transitions reached the maximum tree depth: they stop before they turn back, and cost "

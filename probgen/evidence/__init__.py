@@ -1,6 +1,26 @@
-"""Estimators of log p(x), one a file, each with its error."""
+"""Estimators of log p(x), one a file, each with its error.
 
+The folder and the verb share a name: the module can be called, so that `probgen.evidence(program, ELBOEstimate(), x)`
+works whether or not an estimator was imported from here before.
+"""
+
+import sys
+from types import ModuleType
+from typing import Any
+
+from probgen.core import Estimate
 from probgen.evidence.elbo import ELBOEstimate
 from probgen.evidence.importance import ImportanceWeighted
+from probgen.verbs import evidence
 
 __all__ = ["ELBOEstimate", "ImportanceWeighted"]
+
+
+class _Verb(ModuleType):
+    """This module, called as `probgen.verbs.evidence`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Estimate:
+        return evidence(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Verb

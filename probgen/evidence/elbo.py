@@ -14,6 +14,7 @@ from probgen.core import (
     Cost,
     Estimate,
     Estimator,
+    Guided,
     InputError,
     Stepwise,
     Support,
@@ -43,6 +44,7 @@ class ELBOEstimate(Estimator):
 
     num_particles: int = 8
     batch_size: int = 4096
+    needs = (Guided,)
     paper: ClassVar[str] = "Ho et al. 2020, arXiv 2006.11239"
     offers: ClassVar[str] = "a lower bound for any model/guide pair, and where it is lost"
     gives_up: ClassVar[str] = "the gap KL(q || p(z | x))"

@@ -11,7 +11,7 @@ import torch
 
 from probgen.arviz_io import pareto_khat
 from probgen.bounds import log_weights
-from probgen.core import Cost, Estimate, Estimator, Support, Target, check_count
+from probgen.core import Cost, Estimate, Estimator, Guided, Support, Target, check_count
 
 GOOD_KHAT = 0.7
 
@@ -37,6 +37,7 @@ class ImportanceWeighted(Estimator):
 
     num_samples: int = 1000
     batch_size: int = 100
+    needs = (Guided,)
     paper: ClassVar[str] = "Burda et al. 2015, arXiv 1509.00519"
     offers: ClassVar[str] = "log p(x) itself where the guide covers the posterior, and a warning where it does not"
     gives_up: ClassVar[str] = "many decoder calls; fails for far-off guides and long chains"

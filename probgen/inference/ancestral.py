@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from probgen.bounds import sample_sites
 from probgen.core import Batch, Chained, Cost, Engine, InputError, Posterior, Target, check_count
 from probgen.dynamics import draws_in_batches
 from probgen.progress import ticker
@@ -92,12 +93,17 @@ def run_chain(program: Chained, noise: Noise, update: Any = lambda done: None) -
     """Run a chain from noise to data: `(chain * draw, *event)`."""
     chain = program.reverse_chain()
     x = noise(0)
-    columns = [value.tolist() if value.ndim == 1 else list(value.to(x)) for value in (chain.on_x, chain.on_output, chain.scale)]
-    times = chain.times.to(x)[:, None]
-    for step, (on_x, on_output, scale) in enumerate(zip(*columns, strict=True)):
-        output = program.predict(x, times[step])
-        x = x.mul_(on_x).add_(output * on_output).add_(noise(step + 1).mul_(scale))
-        update(step + 1)
+
+    def rows(factor: Tensor) -> list[Any]:
+        return factor.tolist() if factor.ndim == 1 else list(factor.to(x))
+
+    times = list(chain.times.to(x)[:, None])
+    noises = noise.each(range(1, len(times) + 1))
+    columns = zip(times, rows(chain.on_x), rows(chain.on_output), rows(chain.scale), noises, strict=True)
+    for step, (t, on_x, on_output, scale, z) in enumerate(columns, start=1):
+        output = program.predict(x, t)
+        x = x.mul_(on_x).add_(output * on_output).add_(z.mul_(scale))
+        update(step)
     return x
 
 
@@ -124,12 +130,8 @@ def _values(model: Any, args: tuple[Any, ...], seed: int | None) -> dict[str, Te
     if seed is not None:
         with forked_rng(seed % 2**63):
             return _values(model, args, None)
-    trace = poutine.util.prune_subsample_sites(poutine.trace(model).get_trace(*args))
-    values = {
-        name: node["value"]
-        for name, node in trace.nodes.items()
-        if node["type"] == "sample" and type(node["fn"]).__name__ != "Unit"
-    }
+    sites = sample_sites(poutine.trace(model).get_trace(*args))
+    values = {name: node["value"] for name, node in sites.items() if type(node["fn"]).__name__ != "Unit"}
     if not values:
         raise InputError("The program has no sample site: there is nothing to draw.")
     return values

@@ -61,7 +61,7 @@ class Guide(Engine):
             plate = pyro.plate("draws", num_chains * num_draws, dim=-1 - nesting)
             wide = pyro.poutine.trace(plate(target.guide)).get_trace(*target.args)
         draws, dims = {}, {}
-        for name, site in sample_sites(pyro.poutine.util.prune_subsample_sites(wide)).items():
+        for name, site in sample_sites(wide).items():
             value = site["value"]
             event = value.shape[value.ndim - site["fn"].event_dim :]
             batch = guide_trace.nodes[name]["fn"].batch_shape

@@ -136,7 +136,7 @@ def _draw(guide: Callable[..., Any], target: Target, num_draws: int) -> dict[str
     runs: list[dict[str, Tensor]] = []
     with torch.no_grad():
         for _ in range(num_draws):
-            sites = sample_sites(poutine.util.prune_subsample_sites(poutine.trace(guide).get_trace(*target.args)))
+            sites = sample_sites(poutine.trace(guide).get_trace(*target.args))
             runs.append({name: sites[name]["value"] for name in target.latents if name in sites})
     return {name: torch.stack([run[name] for run in runs]) for name in runs[0]}
 

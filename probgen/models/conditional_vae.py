@@ -141,7 +141,9 @@ class ConditionalVAE(LatentModel):
     def _condition(self, batch: Batch) -> Tensor:
         c, k = batch.condition, self.condition_dim
         if c is None:
-            raise InputError(f"{type(self).__name__} needs a condition: labels `(rows,)` or floats `(rows, {k})`.")
+            raise InputError(
+                f"{type(self).__name__} needs a condition: labels `(rows,)` or floats `(rows, {k})`."
+            )
         if not c.is_floating_point():
             check_labels("condition", c, k)
             return one_hot(c, k)
@@ -197,8 +199,14 @@ class SemiSupervisedVAE(LatentModel):
         label_weight: float = 50.0,
     ) -> None:
         super().__init__(event_shape, latent_dim, encoder, decoder, likelihood=likelihood)
-        if class_probs.ndim != 1 or not bool((class_probs > 0).all()) or abs(float(class_probs.sum()) - 1) > 1e-4:
-            raise InputError(f"class_probs must be positive, `(num_classes,)`, and sum to 1, got {class_probs}.")
+        if (
+            class_probs.ndim != 1
+            or not bool((class_probs > 0).all())
+            or abs(float(class_probs.sum()) - 1) > 1e-4
+        ):
+            raise InputError(
+                f"class_probs must be positive, `(num_classes,)`, and sum to 1, got {class_probs}."
+            )
         if not label_weight >= 0:
             raise InputError(f"label_weight must be >= 0, got {label_weight!r}.")
         self.register_buffer("class_probs", class_probs)

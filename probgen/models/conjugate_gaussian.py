@@ -49,7 +49,12 @@ class ConjugateGaussian(nn.Module):
     marginal_scale_tril: Tensor
 
     def __init__(
-        self, prior_loc: Tensor, prior_covariance: Tensor, weight: Tensor, bias: Tensor, noise_covariance: Tensor
+        self,
+        prior_loc: Tensor,
+        prior_covariance: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        noise_covariance: Tensor,
     ) -> None:
         super().__init__()
         d, latent_dim = weight.shape
@@ -117,7 +122,9 @@ class ConjugateGaussian(nn.Module):
         return law.log_prob(x)
 
 
-def updated_covariance(covariance: Tensor, gain: Tensor, operator: Tensor, noise_covariance: Tensor) -> Tensor:
+def updated_covariance(
+    covariance: Tensor, gain: Tensor, operator: Tensor, noise_covariance: Tensor
+) -> Tensor:
     """(I - K A) P (I - K A)' + K S K', which rounding leaves positive definite where P - K A P may not be.
 
     Args:

@@ -20,7 +20,8 @@ ReverseVariance = Literal["posterior", "beta", "analytic"]
 LastStep = Literal["x1", "x0hat"]
 _VARIANCES: tuple[ReverseVariance, ...] = ("posterior", "beta", "analytic")
 _LAST_STEPS: tuple[LastStep, ...] = ("x1", "x0hat")
-_CALIBRATION_CALLS = 32  # noisy copies of data a step, for the analytic variance
+_CALIBRATION_ROWS = 8192  # noisy copies of data for the analytic variance, and at least so many a step:
+_CALIBRATION_ROWS_PER_STEP = 32
 _CHUNK = 1024
 
 
@@ -93,17 +94,18 @@ class DDPM(nn.Module):
         # At times below 1/T the network was never trained: continuous engines stop there.
         self._process = replace(process, t_min=1 / num_steps)
         self._tables = _Tables(self._process, prediction, num_steps)
+        self._step_probabilities = self._proportional_to_kl()
         self.x0_variance: Tensor
         self.register_buffer("x0_variance", torch.zeros(num_steps))
         self.log_last_scale = nn.Parameter(self._initial_last_scale().log())
 
     # --- the pair ------------------------------------------------------------------------------------------------
 
-    def model(self, batch: Batch, t: Tensor | None = None) -> None:
-        """The chain from noise to data; with `t`, the bound with the step t of each row standing for all steps."""
+    def model(self, batch: Batch, t: Tensor | None = None, weight: Tensor | None = None) -> None:
+        """The chain from noise to data; with `t`, the bound with step t of each row counted `weight` times for all."""
         with batch.plate():
             if t is not None:
-                self._collapsed(batch.data["x"], t)
+                self._collapsed(batch.data["x"], t, weight)
                 return
             chain = self.reverse_chain()
             noise = torch.zeros(self.event_shape).to(self.log_last_scale)
@@ -113,7 +115,7 @@ class DDPM(nn.Module):
                 loc = chain.on_x[row].to(x) * x + chain.on_output[row].to(x) * output
                 x = pyro.sample(f"x_{k - 1}" if k > 1 else "x", self._normal(loc, chain.scale[row].to(x)))
 
-    def guide(self, batch: Batch, t: Tensor | None = None) -> None:
+    def guide(self, batch: Batch, t: Tensor | None = None, weight: Tensor | None = None) -> None:
         """q(x_T | x_0), then q(x_{k-1} | x_k, x_0) down to x_1; nothing with `t`, where the model takes the terms whole."""
         if t is not None:
             return
@@ -129,9 +131,9 @@ class DDPM(nn.Module):
         loc = loc if size is None else loc.expand(size, *self.event_shape)
         return dist.Normal(loc, scale.expand_as(loc)).to_event(len(self.event_shape))
 
-    def _collapsed(self, x_0: Tensor, k: Tensor) -> None:
+    def _collapsed(self, x_0: Tensor, k: Tensor, weight: Tensor | None) -> None:
         """All terms as one factor, each in closed form given x_k, which is drawn outside Pyro's accounting."""
-        lost = len(self.steps()) * self.step_term(x_0, k)
+        lost = self.step_term(x_0, k) * (len(self.steps()) if weight is None else weight)
         for term in self.end_terms(x_0).values():
             lost = lost + term
         pyro.factor("bound", -lost)
@@ -142,19 +144,36 @@ class DDPM(nn.Module):
         """2..T; from 1 where the last step needs the network too."""
         return range(1 if self.last_step == "x0hat" else 2, self.num_steps + 1)
 
+    def step_probabilities(self) -> Tensor:
+        """Proportional to (SNR_{k-1} - SNR_k) sigma_k^2: the KL's weight where |v - vhat|^2 is alike at every step.
+
+        Drawn uniformly, the last few steps carry nearly all of the bound and of its gradient's variance.
+        """
+        return self._step_probabilities
+
+    def _proportional_to_kl(self) -> Tensor:
+        process, times = self._process, self._tables.times
+        snr = process.snr(times).flatten(1).mean(1) if self._tables.alpha.ndim > 1 else process.snr(times)
+        sigma2 = 1 / (1 + snr)
+        weight = (snr[:-1] - snr[1:]) * sigma2[1:]
+        if self.last_step == "x0hat":
+            weight = torch.cat((weight[:1], weight))
+        return weight / weight.sum()
+
     def step_term(self, x_0: Tensor, k: Tensor) -> Tensor:
         """KL(q(x_{k-1} | x_k, x_0) || p(x_{k-1} | x_k)) for k >= 2 and -log p(x_0 | x_1) for k = 1, at one x_k ~ q."""
         at = self._tables.at(k, x_0)
         x_k = at.alpha * x_0 + at.sigma * torch.randn_like(x_0)
         error = (x_0 - at.on_x * x_k - at.on_output * self.predict(x_k, k.to(x_0) / self.num_steps)).square()
-        if self.reverse_variance == "posterior" and self.last_step == "x1":
-            return (0.5 * at.on_x_0.square() / at.posterior_variance * error).flatten(1).sum(1)
         variance = self._variance(at, over_event(self.x0_variance[k - 1], x_0))
         ratio = at.posterior_variance / variance
-        term = 0.5 * (ratio - 1 - ratio.log() + at.on_x_0.square() / variance * error)
-        if self.last_step == "x0hat":
-            term = torch.where(over_event(k == 1, x_0) > 0, self._reconstruction(error), term)
-        return term.flatten(1).sum(1)
+        constant = ratio - 1 - ratio.log()
+        if self.last_step == "x0hat":  # at k = 1 the bridge ends in x_0 itself: on_x_0 = 1, and p's scale is s
+            first = over_event(k, x_0) == 1
+            last = torch.exp(2 * self.log_last_scale)
+            variance = torch.where(first, last, variance)
+            constant = torch.where(first, torch.log(2 * math.pi * last), constant)
+        return 0.5 * (constant + at.on_x_0.square() / variance * error).flatten(1).sum(1)
 
     def end_terms(self, x_0: Tensor) -> Mapping[str, Tensor]:
         """KL(q(x_T | x_0) || N(0, I)), and -E log p(x_0 | x_1) where x_1 itself is the mean."""
@@ -164,12 +183,9 @@ class DDPM(nn.Module):
         terms = {f"x_{self.num_steps}": prior.flatten(1).sum(1)}
         if self.last_step == "x1":
             error = ((1 - alpha[0]) * x_0).square() + sigma[0].square()
-            terms["x"] = self._reconstruction(error).flatten(1).sum(1)
+            last = torch.exp(2 * self.log_last_scale)
+            terms["x"] = 0.5 * (torch.log(2 * math.pi * last) + error / last).flatten(1).sum(1)
         return terms
-
-    def _reconstruction(self, error: Tensor) -> Tensor:
-        """-log N(x_0; mean, s^2) from squared errors."""
-        return 0.5 * (math.log(2 * math.pi) + 2 * self.log_last_scale + error * torch.exp(-2 * self.log_last_scale))
 
     def _variance(self, at: Any, x0_variance: Tensor) -> Tensor:
         """The variance of p(x_{k-1} | x_k)."""
@@ -219,11 +235,11 @@ class DDPM(nn.Module):
 
     def calibrate(self, x: Tensor) -> None:
         """Set Var[x_0 | x_k] = E|x_0 - x0hat|^2/d of every step and the optimal s, from data x `(n, *event)`."""
-        copies = torch.arange(self.num_steps * _CALIBRATION_CALLS, device=x.device)
-        k = copies // _CALIBRATION_CALLS + 1
+        copies = max(_CALIBRATION_ROWS_PER_STEP, _CALIBRATION_ROWS // self.num_steps)
+        k = torch.arange(self.num_steps * copies, device=x.device) // copies + 1
         x_0 = x[torch.randint(len(x), k.shape, device=x.device)]
         error = torch.cat([self._denoising_error(*part) for part in zip(x_0.split(_CHUNK), k.split(_CHUNK), strict=True)])
-        self.x0_variance.copy_(error.reshape(self.num_steps, _CALIBRATION_CALLS).mean(1))
+        self.x0_variance.copy_(error.reshape(self.num_steps, copies).mean(1))
         if self.last_step == "x1":
             alpha, sigma = self._tables.alpha[0].to(x), self._tables.sigma[0].to(x)
             last = (((1 - alpha) * x).square() + sigma.square()).mean()

@@ -1,9 +1,9 @@
-"""Oracle: the diffusion chain on Gaussian data with the exact denoiser, whose likelihood and bound follow by recursion."""
+"""Oracle: the diffusion chain of Gaussian data, whose likelihood and bound follow by recursion."""
 
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from probgen.core import Batch, InputError, check_count, did_you_mean
+from probgen.models.ddpm import LastStep, ReverseVariance
 from probgen.models.gaussian_mixture import GaussianMixture
 from probgen.processes import VP, Process
-
-ReverseVariance = Literal["posterior", "beta", "analytic"]
-LastStep = Literal["x1", "x0hat"]
 
 
 class GaussianChain(nn.Module):
@@ -55,6 +53,7 @@ class GaussianChain(nn.Module):
     offers: ClassVar[str] = "exact density and exact bound of a diffusion chain, and what each loses"
     gives_up: ClassVar[str] = "anything but Gaussian data"
     axes: Tensor
+    x0_variance: Tensor
     mean_in_axes: Tensor
     variance_in_axes: Tensor
     constant: Tensor
@@ -84,6 +83,7 @@ class GaussianChain(nn.Module):
             last_step,
         )
         tensors = dict(zip(("mean_in_axes", "variance_in_axes"), steps.marginal(), strict=True))
+        tensors["x0_variance"] = steps.x0_variance.squeeze(1)  # tr Cov[x_0 | x_k]/d, `(T,)`
         tensors |= dict(zip(("constant", "linear", "quadratic"), steps.terms(), strict=True))
         for name, value in tensors.items():
             self.register_buffer(name, value.to(loc))
@@ -215,12 +215,12 @@ class _Steps:
         alpha, sigma2 = process.alpha(t)[:, None], process.sigma(t)[:, None].square()
         self.alpha, self.sigma2 = alpha[1:], sigma2[1:]
         on_x = self.alpha * data_variance / (self.alpha.square() * data_variance + self.sigma2)
-        x0_variance = ((1 - on_x * self.alpha) * data_variance).mean(1, keepdim=True)
+        self.x0_variance = ((1 - on_x * self.alpha) * data_variance).mean(1, keepdim=True)
         c_x, c_0, bridge_variance = (c[:, None] for c in process.bridge_coefficients(t[:-1], t[1:]))
         variances = {
             "posterior": bridge_variance,
             "beta": self.sigma2 - (self.alpha / alpha[:-1]).square() * sigma2[:-1],
-            "analytic": bridge_variance + c_0.square() * x0_variance,
+            "analytic": bridge_variance + c_0.square() * self.x0_variance,
         }
         if reverse_variance not in variances:
             raise InputError(
@@ -265,11 +265,10 @@ class _Steps:
 
     def marginal(self) -> tuple[Tensor, Tensor]:
         """Mean and variance of p_theta(x_0), from N(0, 1) down the chain."""
-        mean, variance = torch.zeros_like(self.on_x[0]), torch.ones_like(self.on_x[0])
         factors, shifts = self.c_x + self.c_0 * self.on_x, self.c_0 * self.offset
-        for factor, shift, added in zip(factors.flip(0), shifts.flip(0), self.variance.flip(0), strict=True):
-            mean, variance = factor * mean + shift, factor.square() * variance + added
-        return mean, variance
+        passed = torch.cat((torch.ones_like(factors[:1]), factors.cumprod(0)))  # what step k adds reaches x_0 so scaled
+        mean = (shifts * passed[:-1]).sum(0)
+        return mean, passed[-1].square() + (self.variance * passed[:-1].square()).sum(0)
 
 
 def example() -> GaussianChain:

@@ -210,14 +210,9 @@ class VAE(LatentModel):
 
     log p(x) >= E_q log p(x | z) - KL(q(z | x) || p(z)), sites "z" `(latent_dim,)` and "x" `(*event_shape)`.
 
-    Args:
-        event_shape: of one datum.
-        latent_dim: length of z.
-        encoder: x `(rows, *event_shape)` -> (loc, scale), each `(rows, latent_dim)`.
-        decoder: z `(rows, latent_dim)` -> the likelihood's parameter, `(rows, *event_shape)`.
-        likelihood: that parameter -> p(x | z); `GaussianLikelihood()` by default, or `BernoulliLikelihood()`.
-        prior: () -> p(z), any Pyro distribution of event shape `(latent_dim,)`; N(0, I) by default.
-        posterior: (loc, scale) -> q(z | x); `point_posterior` and a bound with beta = 0 make an autoencoder.
+    Its parts are those of `LatentModel`: `VAE(event_shape, latent_dim, encoder, decoder, likelihood=..., prior=...,
+    posterior=...)`; `VAE.mlp` builds the two networks. With `posterior=point_posterior` and a bound whose beta is 0 it
+    is an autoencoder.
 
     Raises:
         InputError: sizes < 1; a prior, network output or datum of another shape.

@@ -19,7 +19,7 @@ class ELBO:
     """-ELBO in nats per row: closed-form KL where Pyro has one, enumeration where sites are discrete, else Monte Carlo.
 
     loss = -(1/N) E_q [log p(x, z) - log q(z | x)], global latents counted once, the rows of the batch N/B times.
-    For a chain of steps one stratified step a row stands for all of them. Rows whose integer sites hold -1 are
+    For a chain of steps one step a row, drawn stratified and by importance, stands for all of them. Rows whose integer sites hold -1 are
     taken with that site latent.
 
     Args:
@@ -32,6 +32,7 @@ class ELBO:
     ELBO(num_particles=2, beta=1.0)
     """
 
+    needs: ClassVar[tuple[type, ...]] = (Guided,)
     paper: ClassVar[str] = "Kingma & Welling 2013, arXiv 1312.6114"
     offers: ClassVar[str] = "a bound on log p(x) for any model/guide pair"
     gives_up: ClassVar[str] = "the gap KL(q || p(z | x))"
@@ -57,9 +58,8 @@ class ELBO:
         model = pyro.condition(program.model, data=batch.data)
         guide = program.guide
         if isinstance(program, Stepwise):
-            draws = [stratified(program.steps(), batch.size) for _ in range(self.num_particles)]
-            terms = [bound(model, guide, batch, t=k.to(next(iter(batch.data.values())).device)) for k in draws]
-            return torch.stack(terms).mean() / batch.total
+            draws = [stratified_steps(program, batch) for _ in range(self.num_particles)]
+            return torch.stack([bound(model, guide, batch, t=k, weight=w) for k, w in draws]).mean() / batch.total
         if self.beta != 1:
             model, guide = ScaledLatents(self.beta)(model), ScaledLatents(self.beta)(guide)
         return bound(model, guide, batch) / batch.total
@@ -81,14 +81,16 @@ class ELBO:
         return by_sites[observed]
 
 
-def stratified(steps: range, size: int) -> Tensor:
-    """One step for each of `size` rows, spread evenly over `steps`, each uniform: `(size,)` of dtype int64.
+def stratified_steps(program: Stepwise, batch: Batch) -> tuple[Tensor, Tensor]:
+    """A step for each row, spread evenly over the distribution the program asks for, and 1/its probability.
 
-    >>> len(stratified(range(2, 11), 4))
-    4
+    Source: Kingma et al. (2021), arXiv 2107.00630, for the low-discrepancy draw.
     """
-    strata = (torch.randperm(size) + torch.rand(size, dtype=torch.float64)) / size
-    return steps.start + (strata * len(steps)).long().clamp_max(len(steps) - 1)
+    x = next(iter(batch.data.values()))
+    probabilities = program.step_probabilities()
+    strata = (torch.randperm(batch.size) + torch.rand(batch.size, dtype=torch.float64)) / batch.size
+    index = torch.searchsorted(probabilities.cumsum(0), strata).clamp_max(len(probabilities) - 1)
+    return (index + program.steps().start).to(x.device), (1 / probabilities[index]).to(x)
 
 
 def split_missing(batch: Batch) -> list[Batch]:

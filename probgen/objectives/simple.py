@@ -26,6 +26,7 @@ class SimpleLoss:
     SimpleLoss()
     """
 
+    needs: ClassVar[tuple[type, ...]] = (Diffusion,)
     paper: ClassVar[str] = "Ho et al. 2020, arXiv 2006.11239"
     offers: ClassVar[str] = "better looking samples: weight on the noisier steps"
     gives_up: ClassVar[str] = "the bound on log p(x)"
