@@ -1,1 +1,1 @@
-"""What probgen's loops cost over hand-written PyTorch: `python -m benchmarks.training`, `python -m benchmarks.sampling`."""
+"""What probgen costs over hand-written PyTorch: `python -m benchmarks.training`, `python -m benchmarks.sampling`."""

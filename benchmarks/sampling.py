@@ -28,9 +28,11 @@ class PlainMLP(nn.Module):
 
 
 def main() -> None:
-    options = arguments("Steps of engines over bare forwards.", num_pairs=31, num_steps=10)
+    options = arguments("Steps of engines over bare forwards.", num_pairs=21, num_steps=10)
     torch.manual_seed(0)
-    title = f"a step of an engine over a bare forward, {options.pairs} pairs of {options.steps} steps, one thread"
+    title = (
+        f"a step of an engine over a bare forward, {options.pairs} pairs of {options.steps} steps, one thread"
+    )
     report(title, measure(options.pairs, options.steps, options.tiny))
 
 

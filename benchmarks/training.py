@@ -24,10 +24,12 @@ Loss = Callable[[Tensor], Tensor]
 
 
 def main() -> None:
-    options = arguments("Steps of fit over steps of a hand-written loop.", num_pairs=31, num_steps=25)
+    options = arguments("Steps of fit over steps of a hand-written loop.", num_pairs=21, num_steps=12)
     torch.manual_seed(0)
     data = digits()[0].all()
-    title = f"a step of fit over a hand-written step, {options.pairs} pairs of {options.steps} steps, one thread"
+    title = (
+        f"a step of fit over a hand-written step, {options.pairs} pairs of {options.steps} steps, one thread"
+    )
     report(title, measure(data, options.pairs, options.steps, options.tiny))
 
 
@@ -125,7 +127,9 @@ def hand_written_vae(vae: VAE) -> Loss:
         loc, scale = vae.encoder(x)
         z = loc + scale * torch.randn_like(loc)
         error = (x - vae.decoder(z)).square().sum() / len(x)
-        nll = x[0].numel() * (0.5 * math.log(2 * math.pi) + log_scale) + 0.5 * error * torch.exp(-2 * log_scale)
+        nll = x[0].numel() * (0.5 * math.log(2 * math.pi) + log_scale) + 0.5 * error * torch.exp(
+            -2 * log_scale
+        )
         kl = 0.5 * (loc.square() + scale.square() - 1 - 2 * scale.log()).sum() / len(x)
         return nll + kl
 

@@ -174,7 +174,7 @@ def pareto_khat(log_weights: Tensor) -> Tensor:
         khat = array_stats.psislw(rows)[1]
     else:
         khat = arviz.psislw(rows)[1]
-    equal = np.ptp(rows, axis=-1) == 0
+    equal = np.ptp(rows, axis=-1) < 1e-9
     return torch.as_tensor(np.where(equal, -np.inf, khat), device=log_weights.device)
 
 

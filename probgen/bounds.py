@@ -77,7 +77,9 @@ class NegativeELBO:
         """A differentiable surrogate whose value is -ELBO in nats, summed over the full data set."""
         if self._estimator is None:
             self._estimator = self._choose(model, guide, args, kwargs)
-        with validation(False):
+        # TraceEnum differentiates inside the loss, and would fail where gradients are off.
+        enumerating = isinstance(self._estimator, TraceEnum_ELBO)
+        with validation(False), torch.set_grad_enabled(enumerating or torch.is_grad_enabled()):
             loss = self._estimator.differentiable_loss(model, guide, *args, **kwargs)
         return loss if isinstance(loss, Tensor) else torch.tensor(float(loss))
 
@@ -104,12 +106,12 @@ class NegativeELBO:
         return Trace_ELBO(**options)
 
 
-class _ClosedForm(TraceMeanField_ELBO):  # type: ignore[misc]
+class _ClosedForm(TraceMeanField_ELBO):
     """Pyro's mean-field bound where every KL is known: the draws of latent sites need no scores then."""
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         model_trace, guide_trace = trace_pair(model, guide, args, kwargs)
-        model_trace.compute_log_prob(lambda name, site: site["is_observed"])
+        model_trace.compute_log_prob(lambda _, site: site["is_observed"])
         return model_trace, guide_trace
 
 
@@ -149,6 +151,8 @@ def log_weights(
     Each is `(num_particles, rows)`; one column where rows are not independent.
 
     Args:
+        model, guide: the pair, observations in place, and `args` what both are called with.
+        num_particles: draws of the guide.
         vectorised: the pair keeps one column a row of its plate "data" and accepts a particle dimension on the left.
     """
     with validation(False):
@@ -174,7 +178,7 @@ def _site_weights(model_trace: Any, guide_trace: Any, reduce: Callable[[dict[str
 
 
 def _total(site: dict[str, Any]) -> Tensor:
-    return site["log_prob"].sum()  # type: ignore[no-any-return]
+    return site["log_prob"].sum()
 
 
 def _by_row(site: dict[str, Any], nesting: int) -> Tensor:

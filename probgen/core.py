@@ -81,7 +81,7 @@ class Batch:
         data: observed values by site name, each `(size, *event)`.
         condition: what the program is conditioned on without having a law for it, `(size, ...)`, or None.
         index: rows of the full data set, `(size,)` of dtype int64; None means all rows in order.
-        total: number of rows of the full data set; None means `size`.
+        total: number of rows of the full data set; 0 means `size`.
         num_rows: number of rows where neither `data` nor `condition` says it (simulation).
 
     >>> batch = Batch({"y": torch.zeros(2)}, total=10)
@@ -89,10 +89,10 @@ class Batch:
     (2, 10)
     """
 
-    data: Mapping[str, Tensor] = field(default_factory=dict)
+    data: dict[str, Tensor] = field(default_factory=dict)
     condition: Tensor | None = None
     index: Tensor | None = None
-    total: int | None = None
+    total: int = 0
     num_rows: int | None = None
 
     def __post_init__(self) -> None:
@@ -104,8 +104,7 @@ class Batch:
             raise InputError(f"data, condition and num_rows must have the same number of rows, got {rows}.")
         size = next(iter(rows.values()), 1)
         object.__setattr__(self, "num_rows", size)
-        if self.total is None:
-            object.__setattr__(self, "total", size)
+        object.__setattr__(self, "total", self.total or size)
 
     @property
     def size(self) -> int:
@@ -118,7 +117,6 @@ class Batch:
         """The plate over rows, at dimension -1, each row counted `total / size` times."""
         import pyro
 
-        assert self.total is not None
         with pyro.plate(name, self.size, dim=-1), pyro.poutine.scale(scale=self.total / self.size):
             yield
 
@@ -270,6 +268,7 @@ class Target:
         model, guide: its callables, observations in place (`guide` is None where there is none).
         args: what they are called with.
         data: observed values by site name.
+        reader: gives the program's sites when first asked for them.
         per_row: True if rows of `args[0]` (a `Batch`) are independent data of one of probgen's programs.
     """
 
@@ -277,7 +276,7 @@ class Target:
     model: Callable[..., Any]
     guide: Callable[..., Any] | None
     args: tuple[Any, ...]
-    data: Mapping[str, Tensor]
+    data: dict[str, Tensor]
     reader: Callable[[Target], dict[str, Site]] = field(repr=False)
     per_row: bool = False
 
@@ -490,6 +489,7 @@ class Estimate:
         levels: K where x is K integer levels, uniformly dequantised and scaled affinely to [-1, 1]; else None.
         terms: the split into terms, where the estimator has one.
         diagnostics: the estimator's own per-datum diagnostics, each `(n,)`.
+        cost: what was paid.
 
     >>> e = Estimate(torch.tensor([-1.0, -3.0]), torch.zeros(2), "exact", event_size=2)
     >>> print(e)

@@ -129,8 +129,8 @@ def draws_in_batches(
 
     Noise belongs to the draw, not to the batch, so `batch_size` bounds memory and changes nothing else.
     """
-    weight = next(iter(program.parameters()), None) if hasattr(program, "parameters") else None
-    like = torch.zeros(()) if weight is None else weight
+    weights = (*program.parameters(), *program.buffers()) if isinstance(program, torch.nn.Module) else ()
+    like = next((weight for weight in weights if weight.is_floating_point()), torch.zeros(()))
     shape = tuple(program.event_shape)
     parts = []
     for first in range(0, num_draws, batch_size or num_draws):
@@ -221,11 +221,12 @@ def solve_ode(field: ReverseField, x_1: Tensor, method: str, rtol: float, atol: 
 
     if method not in ODE_FIXED + ODE_ADAPTIVE:
         raise InputError(f"Unknown ODE method {method!r}; {did_you_mean(method, ODE_FIXED + ODE_ADAPTIVE)}")
-    options = {}
+    clock = torch.tensor([0.0, float(field.num_steps)], dtype=torch.float64)
     if method in ODE_FIXED:
         field.tabulate(x_1)
-        options["step_size"] = 1.0
-    clock = torch.tensor([0.0, float(field.num_steps)], dtype=torch.float64)
+        options: dict[str, Any] = {"step_size": 1.0}
+    else:  # an adaptive method would step past the end, where there is no time, and interpolate back
+        options = {"step_t": clock[1:]}
     path = odeint(
         lambda u, x: field.drift(float(u), x), x_1, clock, rtol=rtol, atol=atol, method=method, options=options
     )

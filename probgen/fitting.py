@@ -43,6 +43,8 @@ class Optim:
     def __post_init__(self) -> None:
         if not self.lr > 0:
             raise InputError(f"lr must be > 0, got {self.lr!r}.")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise InputError(f"clip_norm must be > 0 or None, got {self.clip_norm!r}.")
         if self.schedule not in ("constant", "cosine"):
             raise InputError(f"schedule must be 'constant' or 'cosine', got {self.schedule!r}.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
@@ -66,7 +68,7 @@ class History:
         validation: (step, loss on the validation data with the averaged weights).
         seconds: wall time.
         interrupted: Ctrl-C ended the run early; what was learnt so far is in the program.
-        bits_offset: add to loss / (d log 2) for bits/dim; None where the data have no integer levels.
+        num_levels: K integer levels behind the data, or None; event_size: coordinates of one datum.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -96,7 +98,8 @@ class Rows:
 
     def __init__(self, data: Any, condition: Tensor | None = None) -> None:
         self.condition = condition
-        self._set = data if hasattr(data, "__getitem__") and not isinstance(data, (Tensor, Mapping)) else None
+        plain = isinstance(data, (Tensor, Mapping, list, tuple)) or not hasattr(data, "__getitem__")
+        self._set = None if plain else data
         self._tensors = {} if self._set is not None else named(data)
         sizes = {name: len(value) for name, value in self._tensors.items()}
         if self._set is not None:
@@ -151,6 +154,7 @@ def fit(
         batch_size: rows a step; n if larger.
         optim: learning rate, schedule, clipping, averaging.
         seed: of data order and Monte Carlo noise; the global random stream is left as it was.
+        progress: show a live line on the terminal.
 
     Returns a `History`; Ctrl-C ends the run early and returns what there is. Raises `InputError` for bad data and
     `ProbgenError` when the loss is not finite, weights being those of the last good step.
@@ -225,7 +229,7 @@ class _Run:
                 f"The loss became {value} at step {number} of {self.num_steps}; the weights are those of step "
                 f"{number - 1}. Lower the learning rate (now {self.optim.lr:g}) or set clip_norm."
             )
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         if self.optim.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.optim.clip_norm)
         self.optimiser.step()
@@ -261,9 +265,9 @@ def _stored_parameters(objective: Objective, program: Any, batch: Batch) -> list
     """What the program asks of Pyro's store when its loss is first evaluated."""
     with poutine.trace(param_only=True) as capture, torch.random.fork_rng(devices=()):
         objective.loss(program, batch)
-    sites = [site for site in capture.trace.nodes.values() if site["type"] == "param"]
+    names = [name for name, site in capture.trace.nodes.items() if site["type"] == "param"]
     store = pyro.get_param_store()
-    return [store._params[site["name"]] for site in sites if site["name"] in store]
+    return [store._params[name] for name in names if name in store]
 
 
 def _unique(parameters: list[Tensor]) -> list[Tensor]:

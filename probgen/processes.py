@@ -103,7 +103,8 @@ class Process:
 
 def _derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     """d function / dt for a function of each time on its own."""
-    return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
+    # Forward mode would say the same in one word, but torch 2.13 warns of its own deprecations when first asked.
+    return torch.func.vmap(torch.func.jacrev(lambda s: function(s[None])[0]))(t)
 
 
 @dataclass(frozen=True)

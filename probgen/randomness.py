@@ -77,7 +77,7 @@ class Noise:
         count = self.num_draws * blocks * _WORDS_PER_BLOCK
         words = np.concatenate(
             [
-                np.random.Philox(key=[self.seed, key], counter=[self.first * blocks, chain, 0, 0]).random_raw(count)
+                self._generator(key, chain, self.first * blocks).random_raw(count)
                 for key in keys
                 for chain in range(self.num_chains)
             ]
@@ -85,6 +85,11 @@ class Noise:
         rows = self.num_chains * self.num_draws
         normals = _box_muller(words.reshape(len(keys) * rows, -1), self.dtype)[:, :size]
         return normals.reshape(len(keys), rows, *self.shape).to(self.device).unbind()
+
+    def _generator(self, key: int, chain: int, block: int) -> np.random.Philox:
+        # As a plain list, NumPy would round a seed below 2^63 and a key above it to floats.
+        pair = np.array([self.seed, key], dtype=np.uint64)
+        return np.random.Philox(key=pair, counter=[block, chain, 0, 0])
 
 
 def _box_muller(words: np.ndarray, dtype: torch.dtype) -> Tensor:
@@ -115,7 +120,7 @@ class BrownianSteps:
         self._ahead: dict[int, Tensor] = {}
 
     def increment(self, a: float, b: float) -> Tensor:
-        """W(b) - W(a), shape `(rows, size)`."""
+        """W(b) - W(a), shape `(rows, size)`, kept for the next time it is asked for: not to be written into."""
         if (a, b) != self._last and a < self._last[1]:
             raise InputError(
                 f"Brownian step {a}..{b} overlaps {self._last[0]}..{self._last[1]}: only disjoint, increasing steps "
@@ -132,7 +137,8 @@ class BrownianSteps:
         step = b - a
         keys = [time_key(a + i * step, b + i * step) for i in range(self.noise.keys_ahead)]
         self._ahead = {
-            key: z.flatten(1).mul_(math.sqrt(step)) for key, z in zip(keys, self.noise.each(keys), strict=True)
+            key: z.flatten(1).mul_(math.sqrt(step))
+            for key, z in zip(keys, self.noise.each(keys), strict=True)
         }
 
 

@@ -77,7 +77,7 @@ def read(program: Any, data: Any = None, args: tuple[Any, ...] = (), *, num_rows
     return target
 
 
-def _batch(observed: Mapping[str, Tensor], args: tuple[Any, ...], num_rows: int | None) -> Batch:
+def _batch(observed: dict[str, Tensor], args: tuple[Any, ...], num_rows: int | None) -> Batch:
     if args and isinstance(args[0], Batch):
         return args[0]
     if len(args) > 1:

@@ -46,6 +46,7 @@ def infer(
         num_chains: independent replicates, >= 1; None is the engine's default.
         seed: the same call with the same seed is bit-identical; the global random stream is left as it was.
         init: a posterior of any engine to start from; state: this engine's own continuation.
+        progress: show a live line on the terminal.
 
     Returns a `Posterior` with draws `(chain, draw, *batch, *event)`. Raises `InputError` for bad input and
     `UnsupportedError` where the engine cannot serve, naming those that can.
@@ -59,10 +60,10 @@ def infer(
     >>> posterior["z"].shape
     torch.Size([2, 50])
     """
+    _check_method(engine, Engine, "inference")
     num_chains = engine.default_chains if num_chains is None else num_chains
     check_count("num_draws", num_draws)
     check_count("num_chains", num_chains)
-    _check_method(engine, Engine, "inference")
     _check_support(program, engine, "inference")
     target = read(program, data, args)
     if target.data and not engine.conditions:
@@ -92,7 +93,7 @@ def evidence(
         program: the fitted program.
         estimator: e.g. `ImportanceWeighted(1000)`.
         data: what log p is of: a tensor (site "x"), tensors by site name, or a `Quantised` data set.
-        args: as for `infer`.
+        args, seed: as for `infer`.
         levels: K where the data are K integer levels dequantised and scaled to [-1, 1]; taken from the data set.
 
     Returns an `Estimate`, one value a datum. Raises as `infer`.

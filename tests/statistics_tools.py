@@ -12,7 +12,9 @@ from torch import Tensor
 from probgen.models.gaussian_mixture import GaussianMixture
 from probgen.randomness import BrownianSteps, Noise
 
-ALLOWED_Z = 4.5  # p = 7e-6 a statistic: 600 statistics at once raise a false alarm once in 250 seeds, and seeds are fixed
+ALLOWED_Z = (
+    4.5  # p = 7e-6: 600 statistics at once raise a false alarm at one seed in 250, and seeds are fixed
+)
 _CHUNK = 5000
 
 

@@ -275,7 +275,7 @@ def test_the_gap_of_each_variance() -> None:
         ({"num_steps": 1}, "num_steps must be an integer >= 2, got 1"),
         ({"prediction": "epsilon"}, "did you mean 'eps'"),
         ({"reverse_variance": "betas"}, "did you mean 'beta'"),
-        ({"last_step": "x0"}, "did you mean"),
+        ({"last_step": "x0"}, "known: 'x1', 'x0hat'"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, object], message: str) -> None:

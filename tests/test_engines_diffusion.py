@@ -1,15 +1,17 @@
 """The three diffusion engines draw from the right law: two checks on an asymmetric mixture, and mutants that fail them.
 
 The *fine* check: with enough steps, 50,000 draws meet the exact means, covariances and component weights within 4.5
-standard errors plus a bound on the discretisation, which another test measures by halving the number of steps.
+standard errors plus a bound on the discretisation, which another test measures by halving the number of steps. The
+bound also holds what halving does not see: x_1 starts at N(0, sigma(1)^2) without alpha(1) = 0.0066 of the data (0.005
+standard deviations of the mean), and the solvers stop at t = 0.001 (0.003).
 
-The *coarse* check: with few steps, 50,000 draws meet those of the published loop written out below, on noise of its own,
-within 4.5 standard errors and no bound at all. It is there because a scheme that stops one step short, or asks the
-network one step early, is still a consistent scheme of first order: at fine steps nothing tells its bias from an honest one.
+The *coarse* check: with ten steps, 50,000 draws meet those of the published loop written out below, on noise of its
+own, within 4.5 standard errors and no bound at all. It is there because a stochastic scheme that stops one step short is
+still a consistent scheme of first order: at fine steps nothing tells its bias from an honest one.
 
-Power: an average is known to 1/sqrt(50,000) = 0.0045 standard deviations of its statistic, so that the fine check sees,
-in nine runs of ten, what shifts one by 0.026 + bound and the coarse check what shifts one by 0.037. An error of 2 % in the
-spread shifts the total variance by 0.04 (in 2-D) and 0.11 (in 16-D) standard deviations.
+Power: an average is known to 1/sqrt(50,000) = 0.0045 standard deviations of its statistic, so that, nine times of ten,
+the fine check sees what shifts one by 0.026 + bound and the coarse check what shifts one by 0.037. An error of 2 % in
+the spread shifts the total variance by 0.04 (in 2-D) and 0.11 (in 16-D) standard deviations.
 """
 
 from __future__ import annotations
@@ -26,10 +28,10 @@ import torchsde
 from torch import Tensor, nn
 
 from probgen import DDPM, VP, Ancestral, Batch, ProbabilityFlowODE, ReverseSDE, infer
-from probgen.dynamics import ReverseField
+from probgen.dynamics import AffineDenoiser, ReverseField
 from probgen.inference import ancestral, probability_flow_ode, reverse_sde
 from probgen.models.gaussian_mixture import GaussianMixture
-from probgen.processes import over_event
+from probgen.processes import Grid, over_event
 from probgen.randomness import BrownianSteps, forked_rng
 from statistics_tools import (
     ALLOWED_Z,
@@ -217,7 +219,9 @@ def test_draws_meet_the_exact_moments(setting):
 def test_discretisation_stays_within_its_bound(setting, monkeypatch):
     """At twice the step on the same noise; for a scheme of first order the difference is the bias at the finer step."""
     run_chain = ancestral.run_chain
-    monkeypatch.setattr(ancestral, "run_chain", lambda p, noise, *rest: run_chain(p, NoiseOfTwo(**vars(noise)), *rest))
+    monkeypatch.setattr(
+        ancestral, "run_chain", lambda p, noise, *rest: run_chain(p, NoiseOfTwo(**vars(noise)), *rest)
+    )
     monkeypatch.setattr(reverse_sde, "BrownianSteps", StepsOfTwo)
     coarser = replace(setting, steps=setting.steps // 2)
     found = summary_of(setting.dim, coarser.draw(coarser.program(fresh_mixture(setting.dim))))
@@ -281,11 +285,13 @@ def variance_for_scale(patch: pytest.MonkeyPatch, setting: Setting, mixture: Gau
 
 def half_forgotten(patch: pytest.MonkeyPatch, setting: Setting, mixture: GaussianMixture) -> Any:
     """The ODE with the drift of the SDE: f x - g^2 score."""
-    patch.setattr(
-        probability_flow_ode,
-        "ReverseField",
-        lambda denoiser, grid, steps, stochasticity: ReverseField(denoiser, grid, steps, stochasticity=1.0),
-    )
+
+    def field_of_the_sde(
+        denoiser: AffineDenoiser, grid: Grid, steps: int, stochasticity: float
+    ) -> ReverseField:
+        return ReverseField(denoiser, grid, steps, stochasticity=1.0)
+
+    patch.setattr(probability_flow_ode, "ReverseField", field_of_the_sde)
     return setting.program(mixture)
 
 
@@ -312,19 +318,23 @@ class QuietSteps(BrownianSteps):
 def noise_too_small(patch: pytest.MonkeyPatch, setting: Setting, mixture: GaussianMixture) -> Any:
     patch.setattr(reverse_sde, "BrownianSteps", QuietSteps)
     program = setting.program(mixture)
-    return _with_chain(patch, program, scale=lambda s: s / 2**0.5) if setting.engine == "Ancestral" else program
+    return (
+        _with_chain(patch, program, scale=lambda s: s / 2**0.5) if setting.engine == "Ancestral" else program
+    )
 
 
 def one_step_short(patch: pytest.MonkeyPatch, setting: Setting, mixture: GaussianMixture) -> Any:
     """n - 1 of n steps, the last left out."""
     sdeint, odeint = torchsde.sdeint, torchdiffeq.odeint
     short = torch.tensor([0.0, setting.steps - 1.0], dtype=torch.float64)
-    patch.setattr(torchsde, "sdeint", lambda sde, y, ts, **options: sdeint(sde, y, short, **options))
-    patch.setattr(torchdiffeq, "odeint", lambda f, y, ts, **options: odeint(f, y, short, **options))
+    patch.setattr(torchsde, "sdeint", lambda sde, y, _, **options: sdeint(sde, y, short, **options))
+    patch.setattr(torchdiffeq, "odeint", lambda f, y, _, **options: odeint(f, y, short, **options))
     program = setting.program(mixture)
     if setting.engine != "Ancestral":
         return program
-    return _with_chain(patch, program, **dict.fromkeys(("times", "on_x", "on_output", "scale"), lambda v: v[:-1]))
+    return _with_chain(
+        patch, program, **dict.fromkeys(("times", "on_x", "on_output", "scale"), lambda v: v[:-1])
+    )
 
 
 def asked(shift: int) -> Mutant:
@@ -386,13 +396,18 @@ def mutated(name: str, setting: Setting, patch: pytest.MonkeyPatch) -> Summary:
     return summary_of(setting.dim, setting.draw(program))
 
 
-INVISIBLE_AT_FINE_STEPS = {("Ancestral", "n - 1 steps"), ("ReverseSDE", "n - 1 steps")}  # 0.8 and 0.2 standard errors
+INVISIBLE_AT_FINE_STEPS = {
+    ("Ancestral", "n - 1 steps"),
+    ("ReverseSDE", "n - 1 steps"),
+}  # 0.8 and 0.2 standard errors
 
 
 def every_mutant(settings: tuple[Setting, ...]) -> list[Any]:
     """In 16-D, or by many steps of a stochastic engine, a mutant costs seconds: those run with the slow tests."""
     return [
-        pytest.param(setting, name, id=f"{setting}, {name}", marks=[pytest.mark.slow] * (setting.dim == 16 or slow))
+        pytest.param(
+            setting, name, id=f"{setting}, {name}", marks=[pytest.mark.slow] * (setting.dim == 16 or slow)
+        )
         for setting in settings
         for name in MUTANTS[setting.engine]
         for slow in [setting.steps > 100]
@@ -407,7 +422,9 @@ def test_mutants_fail_the_coarse_check(setting, name, monkeypatch):
 @pytest.mark.parametrize(("setting", "name"), every_mutant(FINE))
 def test_mutants_fail_the_fine_check(setting, name, monkeypatch):
     found = mutated(name, setting, monkeypatch)
-    assert (fine_check(setting, found).size > ALLOWED_Z) == ((setting.engine, name) not in INVISIBLE_AT_FINE_STEPS)
+    assert (fine_check(setting, found).size > ALLOWED_Z) == (
+        (setting.engine, name) not in INVISIBLE_AT_FINE_STEPS
+    )
 
 
 @pytest.mark.parametrize("factor", [0.98, 1.02])
@@ -416,11 +433,3 @@ def test_two_percent_of_the_spread_fail_the_fine_check(setting, factor):
     draws = fine_draws(setting).double()
     centre = exact_mixture(setting.dim).mean
     assert fine_check(setting, summary_of(setting.dim, centre + factor * (draws - centre))).size > ALLOWED_Z
-
-
-@pytest.mark.parametrize("factor", [0.98, 1.02])
-@pytest.mark.parametrize("setting", COARSE, ids=str)
-def test_two_percent_of_the_spread_fail_the_coarse_check(setting, factor):
-    draws = setting.draw(setting.program(fresh_mixture(setting.dim))).double()
-    wrong = summary_of(setting.dim, draws.mean(0) + factor * (draws - draws.mean(0)))
-    assert coarse_check(setting, wrong).size > ALLOWED_Z

@@ -89,7 +89,7 @@ class Ancestral(Engine):
         return {"x": x}, calls
 
 
-def run_chain(program: Chained, noise: Noise, update: Any = lambda done: None) -> Tensor:
+def run_chain(program: Chained, noise: Noise, update: Any = lambda _: None) -> Tensor:
     """Run a chain from noise to data: `(chain * draw, *event)`."""
     chain = program.reverse_chain()
     x = noise(0)

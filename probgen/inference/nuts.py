@@ -116,7 +116,7 @@ class _Kernel(PyroNUTS):
 
     def _sample_r(self, name: str) -> Any:
         momentum, unscaled = super()._sample_r(name)
-        self.energy = float(self._kinetic_energy(unscaled) + self._potential_energy_last)
+        self.energy = (self._kinetic_energy(unscaled) + self._potential_energy_last).item()
         return momentum, unscaled
 
 
@@ -132,7 +132,7 @@ class _Chain:
 
         def counted(z: dict[str, Tensor]) -> Tensor:
             self.gradients += 1
-            return potential(z)  # type: ignore[no-any-return]
+            return potential(z)
 
         self.kernel = _Kernel(
             potential_fn=counted,
@@ -170,7 +170,7 @@ class _Chain:
             value = self.transforms[name].inv(value) if name in self.transforms else value
             self.draws[name].append(value.detach())
         self.stats["diverging"].append(diverging)
-        self.stats["lp"].append(-float(self.kernel._potential_energy_last))
+        self.stats["lp"].append(-float(self.kernel._potential_energy_last or 0.0))
         self.stats["energy"].append(self.kernel.energy)
         self.stats["step_size"].append(float(self.kernel.step_size))
         self.stats["n_steps"].append(gradients)

@@ -103,7 +103,7 @@ class SVI(Engine):
             guide = self.guide(poutine.block(target.model, hide=hidden) if hidden else target.model)
             guide(*target.args)  # its parameters exist only after a first call
             return guide
-        return self.guide  # type: ignore[no-any-return]
+        return self.guide
 
 
 class _Conditioned(nn.Module):

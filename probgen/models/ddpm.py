@@ -190,10 +190,10 @@ class DDPM(nn.Module):
     def _variance(self, at: Any, x0_variance: Tensor) -> Tensor:
         """The variance of p(x_{k-1} | x_k)."""
         if self.reverse_variance == "beta":
-            return at.step_variance  # type: ignore[no-any-return]
+            return at.step_variance
         if self.reverse_variance == "posterior":
-            return at.posterior_variance  # type: ignore[no-any-return]
-        return at.posterior_variance + at.on_x_0.square() * x0_variance  # type: ignore[no-any-return]
+            return at.posterior_variance
+        return at.posterior_variance + at.on_x_0.square() * x0_variance
 
     # --- what engines use ----------------------------------------------------------------------------------------
 
@@ -203,7 +203,7 @@ class DDPM(nn.Module):
 
     def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
         """The network's own output at x_t `(batch, *event)`, t `(batch,)` or `(1,)`."""
-        return self.network(x_t, t.expand(len(x_t)))  # type: ignore[no-any-return]
+        return self.network(x_t, t.expand(len(x_t)))
 
     def _predict_any(self, x_t: Tensor, t: Tensor) -> Tensor:
         flat = x_t.reshape(-1, *self.event_shape)
@@ -233,6 +233,7 @@ class DDPM(nn.Module):
 
     # --- constants set from data ---------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
         """Set Var[x_0 | x_k] = E|x_0 - x0hat|^2/d of every step and the optimal s, from data x `(n, *event)`."""
         copies = max(_CALIBRATION_ROWS_PER_STEP, _CALIBRATION_ROWS // self.num_steps)

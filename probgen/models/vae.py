@@ -24,10 +24,11 @@ Law = dist.TorchDistribution
 
 
 class GaussianLikelihood(nn.Module):
-    """p(x | z) = N(output, sigma^2 I), one sigma learned with the rest.
+    """p(x | z) = N(output, sigma^2), sigma learned with the rest.
 
     Args:
         scale: sigma before fitting, > 0, in units of the data.
+        shape: () for one sigma; the event shape for one of each coordinate, which suits data with constant pixels.
 
     Source: Rybkin et al. (2021), arXiv 2006.13202.
 
@@ -35,11 +36,11 @@ class GaussianLikelihood(nn.Module):
     tensor([0.5000, 0.5000, 0.5000], grad_fn=<ExpandBackward0>)
     """
 
-    def __init__(self, scale: float = 0.5) -> None:
+    def __init__(self, scale: float = 0.5, shape: Sequence[int] = ()) -> None:
         super().__init__()
         if not scale > 0:
             raise InputError(f"GaussianLikelihood needs a scale > 0, got {scale!r}.")
-        self.log_scale = nn.Parameter(torch.tensor(float(scale)).log())
+        self.log_scale = nn.Parameter(torch.full(tuple(shape), float(scale)).log())
 
     def forward(self, output: Tensor) -> Law:
         return dist.Normal(output, self.log_scale.exp())

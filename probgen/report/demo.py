@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import textwrap
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any
 
@@ -16,27 +14,45 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from probgen.arviz_io import to_arviz
-from probgen.core import Batch, Cost, Engine, Estimate, Estimator, Posterior
-from probgen.data import Quantised, digits
-from probgen.diagnostics.agree import agree
-from probgen.diagnostics.frechet import frechet_distance, frechet_floor
-from probgen.diagnostics.plots import image_grid, plot_history, plot_terms, plot_traces, reconstruction_grid
-from probgen.diagnostics.predict import predict
-from probgen.diagnostics.summary import summary
-from probgen.evidence import ELBOEstimate, ImportanceWeighted
-from probgen.fitting import History, Optim, fit
-from probgen.inference import NUTS, SVI, Ancestral, Guide, ProbabilityFlowODE, ReverseSDE
-from probgen.models import DDPM, VAE
-from probgen.nets import Classifier, UNet
-from probgen.objectives import ELBO
-from probgen.processes import VP
+from probgen import (
+    DDPM,
+    ELBO,
+    NUTS,
+    SVI,
+    VAE,
+    VP,
+    Ancestral,
+    Batch,
+    ELBOEstimate,
+    Estimate,
+    Guide,
+    ImportanceWeighted,
+    Optim,
+    Posterior,
+    ProbabilityFlowODE,
+    Quantised,
+    ReverseSDE,
+    UNet,
+    agree,
+    digits,
+    evidence,
+    fit,
+    frechet_distance,
+    infer,
+    predict,
+    summary,
+    to_arviz,
+)
+from probgen.core import Engine, Estimator, describe
+from probgen.diagnostics.frechet import frechet_floor
+from probgen.diagnostics.plots import image_grid, plot_terms, plot_traces, reconstruction_grid
+from probgen.nets import Classifier
 from probgen.randomness import forked_rng
 from probgen.report.folder import Folder
-from probgen.report.tables import print_table
-from probgen.verbs import evidence, infer
+from probgen.report.record import FIGURES, Record
 
 NUM_CORES = 2
+OPTIM = Optim(lr=2e-3, schedule="cosine", clip_norm=1.0, ema_decay=0.995)
 MAX_FRECHET = 3.0
 MIN_ACCURACY = 0.97
 SHOWN = 100  # images in a picture
@@ -65,9 +81,9 @@ class Settings:
     num_images: int | None = None
     num_latent_digits: int = 3
     svi_steps: int = 600
-    num_warmup: int = 150
+    num_warmup: int = 100
     max_tree_depth: int = 5
-    num_draws: int = 300
+    num_draws: int = 400
     num_samples: int = 500
     num_particles: int = 2
 
@@ -105,7 +121,7 @@ FILES = [
     *(f"history_{name}.png" for name in ("vae", "ddpm")),
     *(f"traces_{name}.png" for name in ("guide", "svi", "nuts")),
     *(f"posterior_{name}.nc" for name in ("guide", "svi", "nuts")),
-    "figures.json",
+    FIGURES,
 ]
 
 
@@ -119,24 +135,24 @@ def demo(out: str | PathLike[str] = "runs/demo", *, quick: bool = False) -> None
     Raises `InputError` where `out` cannot be written or holds files of others.
     """
     started, settings = time.perf_counter(), QUICK if quick else Settings()
-    report = Report(Folder(out, FILES), asdict(settings))
+    record = Record(Folder(out, FILES), asdict(settings))
     with forked_rng(0), _threads(NUM_CORES):
         train, held_out = digits()
-        report.say(
+        record.say(
             f"1/6  {len(train):,} digits to learn from, {len(held_out)} held out; a classifier to measure by"
         )
-        yardstick = make_yardstick(report, train, held_out, settings)
-        report.say("2/6  a VAE, by SVI on the ELBO")
-        vae = fit_vae(report, train, held_out, settings)
-        report.say("3/6  a hierarchical DDPM, by SVI on the ELBO")
-        ddpm = fit_ddpm(report, train, held_out, settings)
-        report.say("4/6  images by four engines")
-        draw_images(report, vae, ddpm, yardstick, settings)
-        report.say(f"5/6  latents of {settings.num_latent_digits} held-out digits by three engines")
-        infer_latents(report, vae, held_out, settings)
-        report.say(f"6/6  likelihoods of {len(held_out)} held-out digits by three estimates")
-        estimate_evidence(report, vae, ddpm, held_out, settings)
-    report.finish(time.perf_counter() - started)
+        yardstick = make_yardstick(record, train, held_out, settings)
+        record.say("2/6  a VAE, by SVI on the ELBO")
+        vae = fit_vae(record, train, held_out, settings)
+        record.say("3/6  a hierarchical DDPM, by SVI on the ELBO")
+        ddpm = fit_ddpm(record, train, held_out, settings)
+        record.say("4/6  images by four engines")
+        draw_images(record, vae, ddpm, yardstick, settings)
+        record.say(f"5/6  latents of {settings.num_latent_digits} held-out digits by three engines")
+        infer_latents(record, vae, held_out, settings)
+        record.say(f"6/6  likelihoods of {len(held_out)} held-out digits by three estimates")
+        estimate_evidence(record, vae, ddpm, held_out, settings)
+    record.finish(time.perf_counter() - started)
 
 
 # --- the steps -----------------------------------------------------------------------------------------------------
@@ -189,56 +205,53 @@ class Yardstick:
             return network.features(images)
 
 
-def make_yardstick(report: Report, train: Quantised, held_out: Quantised, settings: Settings) -> Yardstick:
+def make_yardstick(record: Record, train: Quantised, held_out: Quantised, settings: Settings) -> Yardstick:
     """Fit the classifier and measure the floor between two halves of the real digits."""
     reader = Reader(train.event_shape)
-    optim = Optim(lr=2e-3, schedule="cosine")
-    data = {"label": train.labels}
-    fit(reader, data, ELBO(), condition=train.all(), num_steps=settings.classifier_steps, optim=optim)
+    steps = settings.classifier_steps
+    fit(reader, {"label": train.labels}, ELBO(), condition=train.all(), num_steps=steps, optim=OPTIM)
     real = torch.cat([train.all(), held_out.all()])
-    with report.file("samples_data.png") as path:
+    with record.file("samples_data.png") as path:
         image_grid(real[:SHOWN], path, title=PICTURES["data"])
     yardstick = Yardstick(reader.network, real)
     with torch.no_grad():
         accuracy = (reader.network(held_out.all()).argmax(1) == held_out.labels).float().mean().item()
-    report.note(accuracy=accuracy, floor=yardstick.floor)
-    report.say(f"     {accuracy:.1%} of the held-out digits are read correctly")
+    record.note(accuracy=accuracy, floor=yardstick.floor)
+    record.say(f"     {accuracy:.1%} of the held-out digits are read correctly")
     if accuracy < MIN_ACCURACY:
-        report.advise(
+        record.advise(
             f"The classifier reads only {accuracy:.1%} of the digits: distances in its features mean little."
         )
     return yardstick
 
 
-def fit_vae(report: Report, train: Quantised, held_out: Quantised, settings: Settings) -> VAE:
+def fit_vae(record: Record, train: Quantised, held_out: Quantised, settings: Settings) -> VAE:
     """z ~ N(0, I), x | z ~ N(decoder(z), diag(sigma^2)), q(z | x) Gaussian."""
     vae = VAE.mlp(
         train.event_shape, latent_dim=8, widths=(128, 128), likelihood=PixelNoise(train.event_shape)
     )
-    optim = Optim(lr=2e-3, schedule="cosine", clip_norm=1.0, ema_decay=0.995)
-    history = fit(vae, train, ELBO(), validation=held_out, num_steps=settings.vae_steps, optim=optim)
-    report.history(vae, history)
+    history = fit(vae, train, ELBO(), validation=held_out, num_steps=settings.vae_steps, optim=OPTIM)
+    record.history(vae, history)
     x = held_out[torch.arange(20)]
     seen = infer(vae, Guide(), data=x, num_draws=100)
-    with report.file("reconstructions.png") as path:
+    with record.file("reconstructions.png") as path:
         reconstruction_grid(
             x, predict(seen)["x"].mean((0, 1)), path, title="VAE: held-out digits, E[x_new | x]"
         )
     return vae
 
 
-def fit_ddpm(report: Report, train: Quantised, held_out: Quantised, settings: Settings) -> DDPM:
+def fit_ddpm(record: Record, train: Quantised, held_out: Quantised, settings: Settings) -> DDPM:
     """x_T ~ N(0, I), x_{k-1} | x_k Gaussian around what a U-Net makes of x_k; the guide adds the noise."""
     network = UNet(train.event_shape, widths=(32, 64))
     ddpm = DDPM(network, VP(), settings.chain_steps, prediction="v", last_step="x0hat")
-    optim = Optim(lr=2e-3, schedule="cosine", clip_norm=1.0, ema_decay=0.995)
     steps = settings.ddpm_steps
-    history = fit(ddpm, train, ELBO(), validation=held_out, num_steps=steps, batch_size=64, optim=optim)
-    report.history(ddpm, history)
+    history = fit(ddpm, train, ELBO(), validation=held_out, num_steps=steps, batch_size=64, optim=OPTIM)
+    record.history(ddpm, history)
     return ddpm
 
 
-def draw_images(report: Report, vae: VAE, ddpm: DDPM, yardstick: Yardstick, settings: Settings) -> None:
+def draw_images(record: Record, vae: VAE, ddpm: DDPM, yardstick: Yardstick, settings: Settings) -> None:
     """The same fitted DDPM by three engines, the VAE by one."""
     plan: list[tuple[str, Any, Engine]] = [
         ("ancestral", ddpm, Ancestral()),
@@ -249,61 +262,65 @@ def draw_images(report: Report, vae: VAE, ddpm: DDPM, yardstick: Yardstick, sett
     num_images = settings.num_images or len(yardstick.half)
     for name, program, engine in plan:
         draws = infer(program, engine, num_draws=num_images, progress=True)
-        images = draws.flat("x")
-        with report.file(f"samples_{name}.png") as path:
-            image_grid(images[:SHOWN], path, title=PICTURES[name])
-        distance = yardstick(images)
-        report.row(
-            program, engine, draws.cost, f"Fréchet {distance:.1f} x floor", f"{draws.guarantee} law", distance
-        )
+        with record.file(f"samples_{name}.png") as path:
+            image_grid(draws.flat("x")[:SHOWN], path, title=PICTURES[name])
+        distance = yardstick(draws.flat("x"))
+        quality, diagnosis = f"Fréchet {distance:.1f} x floor", f"{draws.guarantee} law"
+        record.row(program, engine, draws.cost, quality, diagnosis, distance)
         if distance > MAX_FRECHET:
-            report.advise(
-                f"Images of {_name(program)} by {_name(engine)} lie {distance:.1f} times as far from real digits as "
-                f"real digits from one another ({MAX_FRECHET:.0f} times would do): {REMEDIES[_name(program)]}."
+            record.advise(
+                f"Images of {describe(program)} by {describe(engine)} lie {distance:.1f} times as far from real "
+                f"digits as real digits from one another ({MAX_FRECHET:.0f} times would do): "
+                f"{REMEDIES[describe(program)]}."
             )
 
 
-def infer_latents(report: Report, vae: VAE, held_out: Quantised, settings: Settings) -> None:
+def infer_latents(record: Record, vae: VAE, held_out: Quantised, settings: Settings) -> None:
     """p(z | x) of one fitted program by its own guide, by a new fit to these digits, and by Markov chains."""
     x = held_out[torch.arange(settings.num_latent_digits)]
     num_draws = settings.num_draws
-    guess = infer(vae, Guide(), data=x, num_draws=num_draws, num_chains=4)  # each chain of NUTS starts at one
-    fitted = infer(vae, SVI(num_steps=settings.svi_steps), data=x, num_draws=4 * num_draws, progress=True)
+    svi = SVI(num_steps=settings.svi_steps)
     nuts = NUTS(num_warmup=settings.num_warmup, max_tree_depth=settings.max_tree_depth)
+    guess = infer(vae, Guide(), data=x, num_draws=num_draws, num_chains=4)
+    fitted = infer(vae, svi, data=x, num_draws=4 * num_draws, progress=True)
     chains = infer(vae, nuts, data=x, num_draws=num_draws, num_chains=4, init=guess, progress=True)
     for name, posterior in (("guide", guess), ("svi", fitted), ("nuts", chains)):
-        with report.file(f"traces_{name}.png") as path:
+        with record.file(f"traces_{name}.png") as path:
             plot_traces(posterior, path)
-        with report.file(f"posterior_{name}.nc") as path:
+        with record.file(f"posterior_{name}.nc") as path:
             to_arviz(posterior).to_netcdf(str(path))
-    for engine, posterior in ((Guide(), guess), (SVI(), fitted)):
-        found = agree(posterior, chains)
-        verdict = "agrees with NUTS" if found.ok else f"differs from NUTS, |z| <= {abs(found.worst_z):.0f}"
-        report.row(vae, engine, posterior.cost, _distance(posterior, chains), verdict, found.worst_z)
-        if not found.ok:
-            report.advise(
-                f"Latents by {_name(engine)} are an approximation one can see: the {found.worst} lies "
-                f"{abs(found.worst_z):.0f} standard errors from NUTS. Where that matters, pay for NUTS."
-            )
-    _judge_chains(report, vae, nuts, chains)
+    compare(record, vae, Guide(), guess, chains)
+    compare(record, vae, svi, fitted, chains)
+    judge_chains(record, vae, nuts, chains)
 
 
-def _judge_chains(report: Report, vae: VAE, nuts: NUTS, chains: Posterior) -> None:
+def compare(record: Record, vae: VAE, engine: Engine, posterior: Posterior, reference: Posterior) -> None:
+    """An approximate posterior beside draws of the real one."""
+    z, exact = posterior.flat("z"), reference.flat("z")
+    shift = ((z.mean(0) - exact.mean(0)) / exact.std(0)).abs().mean()
+    quality = f"means {shift:.2f} sd off, sd x {(z.std(0) / exact.std(0)).mean():.2f}"
+    found = agree(posterior, reference)
+    worst = abs(found.worst_z)
+    diagnosis = "agrees with NUTS" if found.ok else f"differs from NUTS, |z| <= {worst:.0f}"
+    record.row(vae, engine, posterior.cost, quality, diagnosis, worst)
+    if not found.ok:
+        record.advise(
+            f"Latents by {describe(engine)} are an approximation, and one can see it: the {found.worst} lies "
+            f"{worst:.0f} standard errors from that of NUTS. Where that matters, pay for NUTS."
+        )
+
+
+def judge_chains(record: Record, vae: VAE, nuts: NUTS, chains: Posterior) -> None:
+    """R-hat, effective sample size and divergences, through ArviZ."""
     judged = summary(chains)
     r_hat, ess = judged.table["r_hat"].max(), judged.table["ess_bulk"].min()
     diagnosis = f"R-hat {r_hat:.3f}, ESS {ess:.0f}, {int(chains.stats['diverging'].sum())} divergences"
-    report.row(vae, nuts, chains.cost, "the reference", diagnosis, r_hat)
+    record.row(vae, nuts, chains.cost, "the reference", diagnosis, r_hat)
     for sentence in judged.problems:
-        report.advise(f"NUTS: {sentence}")
+        record.advise(f"NUTS: {sentence}")
 
 
-def _distance(posterior: Posterior, reference: Posterior) -> str:
-    z, exact = posterior.flat("z"), reference.flat("z")
-    shift = ((z.mean(0) - exact.mean(0)) / exact.std(0)).abs().mean()
-    return f"means {shift:.2f} sd off, sd x {(z.std(0) / exact.std(0)).mean():.2f}"
-
-
-def estimate_evidence(report: Report, vae: VAE, ddpm: DDPM, held_out: Quantised, settings: Settings) -> None:
+def estimate_evidence(record: Record, vae: VAE, ddpm: DDPM, held_out: Quantised, settings: Settings) -> None:
     """Bits/dim of digits that were not learnt from, and where the DDPM's bound is lost."""
     plan: list[tuple[Any, Estimator]] = [
         (vae, ImportanceWeighted(settings.num_samples)),
@@ -314,12 +331,12 @@ def estimate_evidence(report: Report, vae: VAE, ddpm: DDPM, held_out: Quantised,
     for (program, estimator), estimate in zip(plan, estimates, strict=True):
         bits, error = estimate.bits_per_dim()
         quality = f"{bits:.3f} ± {error:.3f} bits/dim"
-        report.row(program, estimator, estimate.cost, quality, _trust(estimate), bits)
+        record.row(program, estimator, estimate.cost, quality, _trust(estimate), bits)
         if not estimate.trusted:
-            report.advise(f"{_name(program)} by {_name(estimator)}: {estimate.reason}")
+            record.advise(f"{describe(program)} by {describe(estimator)}: {estimate.reason}")
     terms = estimates[-1].terms
     assert terms is not None
-    with report.file("ddpm_terms.png") as path:
+    with record.file("ddpm_terms.png") as path:
         plot_terms(terms, path, title="DDPM on held-out digits")
 
 
@@ -327,72 +344,6 @@ def _trust(estimate: Estimate) -> str:
     if not estimate.trusted:
         return "not to be trusted"
     return f"{estimate.kind}, Monte Carlo ± {estimate.monte_carlo_error:.2g} nats"
-
-
-# --- the report ----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Report:
-    """What is said on the way, and what is left at the end: one table, advice, files.
-
-    Args:
-        folder: where files go.
-        settings: what was asked for.
-        rows: the table's lines.
-        advice: sentences below it.
-        figures: the same in numbers.
-    """
-
-    folder: Folder
-    settings: dict[str, Any]
-    rows: list[list[str]] = field(default_factory=list)
-    advice: list[str] = field(default_factory=list)
-    figures: dict[str, Any] = field(default_factory=dict)
-
-    def say(self, text: str) -> None:
-        print(text, flush=True)
-
-    def advise(self, sentence: str) -> None:
-        self.advice.append(sentence)
-
-    def note(self, **figures: Any) -> None:
-        self.figures |= figures
-
-    def file(self, name: str) -> contextlib.AbstractContextManager[Any]:
-        return self.folder.file(name)
-
-    def history(self, program: Any, history: History) -> None:
-        self.say(f"     {history}")
-        with self.file(f"history_{_name(program).lower()}.png") as path:
-            curves: dict[str, Any] = {"training": history.loss, "held out": history.validation}
-            plot_history(curves, path, title=f"{_name(program)}: the ELBO's negative")
-
-    def row(self, program: Any, engine: Any, cost: Cost, quality: str, diagnosis: str, figure: float) -> None:
-        calls = cost.network_calls + cost.gradients + cost.warmup_gradients
-        seconds = cost.seconds + cost.warmup_seconds
-        names = [_name(program), _name(engine)]
-        self.rows.append([*names, f"{calls:,}" if calls else "-", f"{seconds:.1f}", quality, diagnosis])
-        self.figures["/".join(names)] = {"calls": calls, "seconds": seconds, "figure": float(figure)}
-
-    def finish(self, seconds: float) -> None:
-        """Print the table and the advice, write the figures."""
-        with self.file("figures.json") as path:
-            figures = {"settings": self.settings, "seconds": seconds} | self.figures
-            path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        self.say("")
-        print_table("What it cost and what it is worth", COLUMNS, self.rows)
-        self.say("")
-        for sentence in self.advice:
-            self.say(textwrap.fill(sentence, 100, initial_indent="- ", subsequent_indent="  "))
-        self.say(f"\n{seconds:.0f} s. Pictures, traces and ArviZ files are in {self.folder.path}/.")
-
-
-COLUMNS = ["program", "engine", "network calls", "seconds", "quality", "diagnosis"]
-
-
-def _name(thing: Any) -> str:
-    return type(thing).__name__
 
 
 @contextlib.contextmanager
