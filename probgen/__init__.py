@@ -21,7 +21,15 @@ _HOME = {
     "nets": ["MLP", "TimeMLP", "UNet"],
     "data": ["Quantised", "digits"],
     "arviz_io": ["to_arviz"],
-    "models": ["DDPM", "VAE", "ConditionalVAE", "ConjugateGaussian", "GaussianChain", "GaussianMixture", "SemiSupervisedVAE"],
+    "models": [
+        "DDPM",
+        "VAE",
+        "ConditionalVAE",
+        "ConjugateGaussian",
+        "GaussianChain",
+        "GaussianMixture",
+        "SemiSupervisedVAE",
+    ],
     "objectives": ["ELBO", "IWAE", "SimpleLoss"],
     "inference": ["NUTS", "SVI", "Ancestral", "Guide", "ProbabilityFlowODE", "ReverseSDE"],
     "evidence": ["ELBOEstimate", "ImportanceWeighted"],
@@ -36,45 +44,94 @@ if TYPE_CHECKING:
     from probgen.arviz_io import to_arviz as to_arviz
     from probgen.core import (
         Batch as Batch,
+    )
+    from probgen.core import (
         Estimate as Estimate,
+    )
+    from probgen.core import (
         InputError as InputError,
+    )
+    from probgen.core import (
         Posterior as Posterior,
+    )
+    from probgen.core import (
         ProbgenError as ProbgenError,
+    )
+    from probgen.core import (
         UnsupportedError as UnsupportedError,
     )
-    from probgen.data import Quantised as Quantised, digits as digits
+    from probgen.data import Quantised as Quantised
+    from probgen.data import digits as digits
     from probgen.diagnostics import (
         agree as agree,
+    )
+    from probgen.diagnostics import (
         frechet_distance as frechet_distance,
+    )
+    from probgen.diagnostics import (
         loo as loo,
+    )
+    from probgen.diagnostics import (
         predict as predict,
+    )
+    from probgen.diagnostics import (
         summary as summary,
     )
-    from probgen.evidence import ELBOEstimate as ELBOEstimate, ImportanceWeighted as ImportanceWeighted
-    from probgen.fitting import History as History, Optim as Optim, fit as fit
+    from probgen.evidence import ELBOEstimate as ELBOEstimate
+    from probgen.evidence import ImportanceWeighted as ImportanceWeighted
+    from probgen.fitting import History as History
+    from probgen.fitting import Optim as Optim
+    from probgen.fitting import fit as fit
+    from probgen.inference import (
+        NUTS as NUTS,
+    )
+    from probgen.inference import (
+        SVI as SVI,
+    )
     from probgen.inference import (
         Ancestral as Ancestral,
+    )
+    from probgen.inference import (
         Guide as Guide,
-        NUTS as NUTS,
+    )
+    from probgen.inference import (
         ProbabilityFlowODE as ProbabilityFlowODE,
+    )
+    from probgen.inference import (
         ReverseSDE as ReverseSDE,
-        SVI as SVI,
+    )
+    from probgen.models import (
+        DDPM as DDPM,
+    )
+    from probgen.models import (
+        VAE as VAE,
     )
     from probgen.models import (
         ConditionalVAE as ConditionalVAE,
-        ConjugateGaussian as ConjugateGaussian,
-        DDPM as DDPM,
-        GaussianChain as GaussianChain,
-        GaussianMixture as GaussianMixture,
-        SemiSupervisedVAE as SemiSupervisedVAE,
-        VAE as VAE,
     )
-    from probgen.nets import MLP as MLP, TimeMLP as TimeMLP, UNet as UNet
-    from probgen.objectives import ELBO as ELBO, IWAE as IWAE, SimpleLoss as SimpleLoss
-    from probgen.processes import CosineVP as CosineVP, VP as VP
+    from probgen.models import (
+        ConjugateGaussian as ConjugateGaussian,
+    )
+    from probgen.models import (
+        GaussianChain as GaussianChain,
+    )
+    from probgen.models import (
+        GaussianMixture as GaussianMixture,
+    )
+    from probgen.models import (
+        SemiSupervisedVAE as SemiSupervisedVAE,
+    )
+    from probgen.nets import MLP as MLP
+    from probgen.nets import TimeMLP as TimeMLP
+    from probgen.nets import UNet as UNet
+    from probgen.objectives import ELBO as ELBO
+    from probgen.objectives import IWAE as IWAE
+    from probgen.objectives import SimpleLoss as SimpleLoss
+    from probgen.processes import VP as VP
+    from probgen.processes import CosineVP as CosineVP
     from probgen.targets import Pair as Pair
-    from probgen.verbs import infer as infer
     from probgen.verbs import evidence as evidence
+    from probgen.verbs import infer as infer
 
 
 def __getattr__(name: str) -> Any:

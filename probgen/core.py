@@ -11,7 +11,7 @@ import contextlib
 import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -317,6 +317,10 @@ class Support:
         return self.ok
 
 
+def _short(value: Any) -> str:
+    return getattr(value, "__name__", None) or repr(value)
+
+
 class Method:
     """What engines and evidence estimators share: what they need from a program and say of themselves."""
 
@@ -325,12 +329,24 @@ class Method:
     gives_up: ClassVar[str]
     paper: ClassVar[str]
 
+    def __str__(self) -> str:
+        """The name with the settings that are not the defaults, as headings show it."""
+        changed = [
+            f"{item.name}={_short(getattr(self, item.name))}"
+            for item in (fields(self) if is_dataclass(self) else ())
+            if getattr(self, item.name)
+            != (item.default if item.default_factory is MISSING else item.default_factory())
+        ]
+        return f"{type(self).__name__}({', '.join(changed)})" if changed else type(self).__name__
+
     def supports(self, program: Any) -> Support:
         """Whether `program` offers what this method needs; the reason names what is missing."""
         for capability in self.needs:
             if not isinstance(program, capability):
                 wanted = (capability.__doc__ or "").split(".")[0].split("\n")[0]
-                return Support(False, f"it needs {capability.__name__} programs ({wanted[0].lower()}{wanted[1:]})")
+                return Support(
+                    False, f"it needs {capability.__name__} programs ({wanted[0].lower()}{wanted[1:]})"
+                )
         return Support(True)
 
 
@@ -452,13 +468,17 @@ class Posterior:
     def __str__(self) -> str:
         lines = [
             f"{self.num_chains} x {self.num_draws:,} draws by {self.engine}: {MEANINGS[self.kind]}.",
-            f"Guarantee: {self.guarantee}" + (f" ({MEANINGS[self.guarantee]})" if self.guarantee in MEANINGS else "") + ".",
+            f"Guarantee: {self.guarantee}"
+            + (f" ({MEANINGS[self.guarantee]})" if self.guarantee in MEANINGS else "")
+            + ".",
             f"Cost: {self.cost}.",
         ]
         for name, value in self.draws.items():
             shape = " x ".join(map(str, value.shape[2:])) or "scalar"
             if value.is_floating_point():
-                lines.append(f"  {name}: {shape}, mean {value.mean():.4g}, sd {value.std():.4g} over all entries")
+                lines.append(
+                    f"  {name}: {shape}, mean {value.mean():.4g}, sd {value.std():.4g} over all entries"
+                )
             else:
                 lines.append(f"  {name}: {shape}, values {int(value.min())}..{int(value.max())}")
         divergences = self.stats.get("diverging")

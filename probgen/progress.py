@@ -9,6 +9,10 @@ from collections.abc import Callable, Iterator
 Update = Callable[..., None]
 
 
+def _silent(_done: int, **_values: float) -> None:
+    return None
+
+
 @contextlib.contextmanager
 def ticker(title: str, total: int, enabled: bool) -> Iterator[Update]:
     """Yield `update(done, **values)`; values are shown behind the bar, rate and time left.
@@ -17,7 +21,7 @@ def ticker(title: str, total: int, enabled: bool) -> Iterator[Update]:
     ...     update(1, loss=0.5)
     """
     if not (enabled and sys.stderr.isatty()):
-        yield lambda done, **values: None
+        yield _silent
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

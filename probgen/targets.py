@@ -12,7 +12,17 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from probgen.bounds import sample_sites, validation
-from probgen.core import Batch, InputError, Program, Site, Stepwise, Target, check_finite, describe, did_you_mean
+from probgen.core import (
+    Batch,
+    InputError,
+    Program,
+    Site,
+    Stepwise,
+    Target,
+    check_finite,
+    describe,
+    did_you_mean,
+)
 from probgen.randomness import forked_rng
 
 
@@ -44,12 +54,16 @@ def named(data: Any) -> dict[str, Tensor]:
     by_name = dict(data) if isinstance(data, Mapping) else {"x": data}
     for name, value in by_name.items():
         if not isinstance(value, Tensor):
-            raise InputError(f"Site {name!r}: expected a torch.Tensor, got {type(value).__name__}; use torch.as_tensor.")
+            raise InputError(
+                f"Site {name!r}: expected a torch.Tensor, got {type(value).__name__}; use torch.as_tensor."
+            )
         check_finite(f"Site {name!r}", value)
     return by_name
 
 
-def read(program: Any, data: Any = None, args: tuple[Any, ...] = (), *, num_rows: int | None = None) -> Target:
+def read(
+    program: Any, data: Any = None, args: tuple[Any, ...] = (), *, num_rows: int | None = None
+) -> Target:
     """Put observations into a program.
 
     Args:
@@ -68,7 +82,9 @@ def read(program: Any, data: Any = None, args: tuple[Any, ...] = (), *, num_rows
     elif callable(program):
         model, guide = program, None
     else:
-        raise InputError(f"A program is a Pyro function or has a method model(batch), got {type(program).__name__}.")
+        raise InputError(
+            f"A program is a Pyro function or has a method model(batch), got {type(program).__name__}."
+        )
     if observed:
         model = pyro.condition(model, data=observed)
     target = Target(program, model, guide, args, observed, read_sites, per_row=isinstance(program, Program))
@@ -96,7 +112,11 @@ def check_event(program: Any, data: Mapping[str, Tensor]) -> None:
     if event is None or x is None:
         return
     if x.shape[1:] != torch.Size(event):
-        hint = "add the row dimension: x[None]" if x.shape == torch.Size(event) else "reshape the data or the program"
+        hint = (
+            "add the row dimension: x[None]"
+            if x.shape == torch.Size(event)
+            else "reshape the data or the program"
+        )
         raise InputError(
             f"Site 'x' of {describe(program)}: expected shape (n, {', '.join(map(str, event))}), "
             f"got {tuple(x.shape)}; {hint}."
@@ -189,7 +209,10 @@ def restored_store() -> Iterator[None]:
     store = pyro.get_param_store()
     state = store.get_state()
     # Optimisers write in place: the block works on copies.
-    copies = {name: value.detach().clone().requires_grad_(value.requires_grad) for name, value in state["params"].items()}
+    copies = {
+        name: value.detach().clone().requires_grad_(value.requires_grad)
+        for name, value in state["params"].items()
+    }
     with store.scope({"params": copies, "constraints": state["constraints"]}):
         yield
 

@@ -74,7 +74,13 @@ def infer(
         )
     with forked_rng(seed), frozen(program), restored_store():
         return engine.run(
-            target, num_draws=num_draws, num_chains=num_chains, seed=seed, init=init, state=state, progress=progress
+            target,
+            num_draws=num_draws,
+            num_chains=num_chains,
+            seed=seed,
+            init=init,
+            state=state,
+            progress=progress,
         )
 
 
@@ -121,7 +127,7 @@ def _check_method(method: Any, contract: type, folder: str) -> None:
 def _check_support(program: Any, method: Method, folder: str) -> None:
     support = method.supports(program)
     if not support:
-        able = _alternatives(program, folder, lambda other: True)
+        able = _alternatives(program, folder, lambda _: True)
         raise UnsupportedError(
             f"{describe(method)} cannot serve {describe(program)}: {support.reason}. What can: {able}."
         )

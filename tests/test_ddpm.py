@@ -12,8 +12,24 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
-from probgen import DDPM, ELBO, VP, Ancestral, Batch, CosineVP, ELBOEstimate, ImportanceWeighted, InputError
-from probgen import GaussianChain, Optim, SimpleLoss, TimeMLP, evidence, fit, infer
+from probgen import (
+    DDPM,
+    ELBO,
+    VP,
+    Ancestral,
+    Batch,
+    CosineVP,
+    ELBOEstimate,
+    GaussianChain,
+    ImportanceWeighted,
+    InputError,
+    Optim,
+    SimpleLoss,
+    TimeMLP,
+    evidence,
+    fit,
+    infer,
+)
 from probgen.bounds import sample_sites
 
 VARIANCES = ("posterior", "beta", "analytic")
@@ -39,7 +55,9 @@ class Mean:
 def correlated_data(rows: int = 32) -> Tensor:
     """Three coordinates of unlike means and spreads."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(rows, 3, generator=generator) * torch.tensor([0.5, 1.0, 0.2]) + torch.tensor([1.0, 0.0, -0.5])
+    return torch.randn(rows, 3, generator=generator) * torch.tensor([0.5, 1.0, 0.2]) + torch.tensor(
+        [1.0, 0.0, -0.5]
+    )
 
 
 def fitted(reverse_variance: str, last_step: str, process: VP | CosineVP = VP()) -> DDPM:  # noqa: B008
@@ -61,7 +79,8 @@ def full_chain(ddpm: DDPM, x: Tensor, estimator: type, repeats: int) -> Mean:
     model = pyro.condition(ddpm.model, data=rows.data)
     with torch.no_grad():
         losses = [
-            estimator(max_plate_nesting=1).differentiable_loss(model, ddpm.guide, rows) / rows.size for _ in range(20)
+            estimator(max_plate_nesting=1).differentiable_loss(model, ddpm.guide, rows) / rows.size
+            for _ in range(20)
         ]
     return Mean.of(torch.stack(losses))
 
@@ -82,13 +101,19 @@ def uniform(ddpm: DDPM, x: Tensor, repeats: int) -> Mean:
     with torch.no_grad():
         for _ in range(40):
             k = steps[torch.randint(len(steps), (rows.size,))]
-            losses.append(Trace_ELBO(max_plate_nesting=1).differentiable_loss(model, ddpm.guide, rows, t=k) / rows.size)
+            losses.append(
+                Trace_ELBO(max_plate_nesting=1).differentiable_loss(model, ddpm.guide, rows, t=k) / rows.size
+            )
     return Mean.of(torch.stack(losses))
 
 
 def written_out(ddpm: DDPM, x: Tensor, repeats: int) -> Mean:
     """The bound as the paper writes it, from alpha, sigma and the network alone."""
-    total, process, steps = ddpm.num_steps, ddpm.process(), torch.arange(ddpm.num_steps + 1).double() / ddpm.num_steps
+    total, process, steps = (
+        ddpm.num_steps,
+        ddpm.process(),
+        torch.arange(ddpm.num_steps + 1).double() / ddpm.num_steps,
+    )
     abar = process.alpha(steps).square()
     x_0 = x.repeat(repeats * 20, 1).double()
     shape = (20, -1)
@@ -110,7 +135,11 @@ def written_out(ddpm: DDPM, x: Tensor, repeats: int) -> Mean:
             beta = 1 - abar[k] / abar[k - 1]
             c_0 = abar[k - 1].sqrt() * beta / (1 - abar[k])
             tilde = beta * (1 - abar[k - 1]) / (1 - abar[k])
-            variance = {"posterior": tilde, "beta": beta, "analytic": tilde + c_0**2 * ddpm.x0_variance[k - 1]}
+            variance = {
+                "posterior": tilde,
+                "beta": beta,
+                "analytic": tilde + c_0**2 * ddpm.x0_variance[k - 1],
+            }
             v = variance[ddpm.reverse_variance]
             error = (x_0 - denoised(x_k, k)).square().sum(1)
             bound -= 0.5 * (3 * (tilde / v - 1 - torch.log(tilde / v)) + c_0**2 / v * error)
@@ -148,7 +177,9 @@ def test_wrong_bounds_do_not_agree(wrong: str, monkeypatch: pytest.MonkeyPatch) 
     elif wrong == "one step missing":
         everything = DDPM.step_probabilities
         monkeypatch.setattr(DDPM, "steps", lambda self: range(3, self.num_steps + 1))
-        monkeypatch.setattr(DDPM, "step_probabilities", lambda self: everything(self)[1:] / everything(self)[1:].sum())
+        monkeypatch.setattr(
+            DDPM, "step_probabilities", lambda self: everything(self)[1:] / everything(self)[1:].sum()
+        )
     elif wrong == "x_k shared":
         monkeypatch.setattr(torch, "randn_like", lambda x: torch.randn(1, 1).expand_as(x))
     else:
@@ -204,7 +235,9 @@ def exact_pair(num_steps: int, reverse_variance: str, last_step: str) -> tuple[G
         k = torch.arange(1, num_steps + 1, dtype=torch.float64) / num_steps
         alpha2, sigma2 = ddpm.process().alpha(k).square(), ddpm.process().sigma(k).square()
         spread = law.eigenvalues[0]
-        ddpm.x0_variance.copy_((spread * sigma2[:, None] / (alpha2[:, None] * spread + sigma2[:, None])).mean(1))
+        ddpm.x0_variance.copy_(
+            (spread * sigma2[:, None] / (alpha2[:, None] * spread + sigma2[:, None])).mean(1)
+        )
         moment = float((spread + law.centres[0].square()).mean())
         identity = (1 - alpha2[0].sqrt()) ** 2 * moment + sigma2[0]
         last = identity if last_step == "x1" else ddpm.x0_variance[0]
@@ -302,7 +335,9 @@ def test_simple_loss_is_the_noise_error() -> None:
             return x * self.weight
 
     ddpm = DDPM(Silent(), num_steps=50)
-    losses = torch.stack([SimpleLoss().loss(ddpm, Batch({"x": correlated_data()})).detach() for _ in range(300)])
+    losses = torch.stack(
+        [SimpleLoss().loss(ddpm, Batch({"x": correlated_data()})).detach() for _ in range(300)]
+    )
     mean = Mean.of(losses)
     assert abs(mean.value - 1) < 4.5 * mean.error
     assert mean.error < 0.02

@@ -6,8 +6,8 @@ bound also holds what halving does not see: x_1 starts at N(0, sigma(1)^2) witho
 standard deviations of the mean), and the solvers stop at t = 0.001 (0.003).
 
 The *coarse* check: with ten steps, 50,000 draws meet those of the published loop written out below, on noise of its
-own, within 4.5 standard errors and no bound at all. It is there because a stochastic scheme that stops one step short is
-still a consistent scheme of first order: at fine steps nothing tells its bias from an honest one.
+own, within 4.5 standard errors and no bound at all. It is there because a stochastic scheme that stops one step short
+is still a consistent scheme of first order: at fine steps nothing tells its bias from an honest one.
 
 Power: an average is known to 1/sqrt(50,000) = 0.0045 standard deviations of its statistic, so that, nine times of ten,
 the fine check sees what shifts one by 0.026 + bound and the coarse check what shifts one by 0.037. An error of 2 % in

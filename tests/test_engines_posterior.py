@@ -13,8 +13,27 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
 from global_state import SETTINGS, STREAMS, unchanged
-from probgen import DDPM, IWAE, NUTS, SVI, VAE, Ancestral, ConjugateGaussian, Guide, InputError, Optim, Posterior
-from probgen import GaussianMixture, ProbabilityFlowODE, ReverseSDE, TimeMLP, UnsupportedError, infer, summary, to_arviz
+from probgen import (
+    DDPM,
+    IWAE,
+    NUTS,
+    SVI,
+    VAE,
+    Ancestral,
+    ConjugateGaussian,
+    GaussianMixture,
+    Guide,
+    InputError,
+    Optim,
+    Posterior,
+    ProbabilityFlowODE,
+    ReverseSDE,
+    TimeMLP,
+    UnsupportedError,
+    infer,
+    summary,
+    to_arviz,
+)
 from probgen.arviz_io import chain_error
 
 Z = 4.5
@@ -147,7 +166,10 @@ def test_svi_takes_an_objective() -> None:
 def test_engines_leave_the_world_as_it_was(engine: Any) -> None:
     """Random streams, settings, weights and modes are untouched, and the same seed is bit-identical."""
     if engine.conditions:
-        program, data = ConjugateGaussian.example(), {"x": torch.zeros(2, ConjugateGaussian.example().event_shape[0], dtype=torch.float64)}
+        program, data = (
+            ConjugateGaussian.example(),
+            {"x": torch.zeros(2, ConjugateGaussian.example().event_shape[0], dtype=torch.float64)},
+        )
         small = {"NUTS": NUTS(num_warmup=5), "SVI": SVI(num_steps=5)}
         engine = small.get(type(engine).__name__, engine)
     else:
@@ -242,7 +264,9 @@ def test_bernoulli_data_out_of_range_is_named() -> None:
 
 def test_engines_that_cannot_serve_say_which_would() -> None:
     for engine in (ReverseSDE(), ProbabilityFlowODE()):
-        with pytest.raises(UnsupportedError, match=r"cannot serve VAE.*needs Diffusion programs.*What can: .*Ancestral"):
+        with pytest.raises(
+            UnsupportedError, match=r"cannot serve VAE.*needs Diffusion programs.*What can: .*Ancestral"
+        ):
             infer(vae(), engine)
     with pytest.raises(UnsupportedError, match=r"'x' was observed.*Guide.*NUTS.*SVI"):
         infer(vae(), Ancestral(), data={"x": torch.zeros(2, 6)})
@@ -278,7 +302,9 @@ def test_a_program_that_fails_is_reported_in_words() -> None:
     def model() -> None:
         pyro.sample("y", dist.Normal(torch.zeros(2) + torch.zeros(3), 1.0))
 
-    with pytest.raises(InputError, match="Running model on the given data and arguments failed: RuntimeError"):
+    with pytest.raises(
+        InputError, match="Running model on the given data and arguments failed: RuntimeError"
+    ):
         infer(model, NUTS(), data={"y": torch.zeros(3)})
 
 

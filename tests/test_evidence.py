@@ -11,8 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from global_state import SETTINGS, STREAMS, unchanged
-from probgen import VAE, Batch, ConjugateGaussian, ELBOEstimate, GaussianMixture, ImportanceWeighted, InputError, Pair
-from probgen import Quantised, UnsupportedError, evidence
+from probgen import (
+    VAE,
+    Batch,
+    ConjugateGaussian,
+    ELBOEstimate,
+    GaussianMixture,
+    ImportanceWeighted,
+    InputError,
+    Pair,
+    Quantised,
+    UnsupportedError,
+    evidence,
+)
 from probgen.arviz_io import pareto_khat
 
 Z = 4.5
@@ -39,7 +50,9 @@ class Tilted(nn.Module):
 
 def data(rows: int = 5) -> Tensor:
     generator = torch.Generator().manual_seed(2)
-    return torch.randn(rows, ConjugateGaussian.example().event_shape[0], generator=generator, dtype=torch.float64)
+    return torch.randn(
+        rows, ConjugateGaussian.example().event_shape[0], generator=generator, dtype=torch.float64
+    )
 
 
 def test_an_exact_guide_leaves_no_error() -> None:

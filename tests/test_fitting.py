@@ -12,8 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from global_state import SETTINGS, STREAMS, unchanged
-from probgen import ELBO, VAE, Batch, InputError, Optim, Pair, ProbgenError, Quantised, fit, infer
-from probgen import NUTS, SemiSupervisedVAE
+from probgen import (
+    ELBO,
+    NUTS,
+    VAE,
+    Batch,
+    InputError,
+    Optim,
+    Pair,
+    ProbgenError,
+    Quantised,
+    SemiSupervisedVAE,
+    fit,
+    infer,
+)
 
 QUIET = {"progress": False}
 
@@ -97,7 +109,12 @@ def test_nuts_agrees_on_the_same_program() -> None:
     inputs, y = regression_data()
     mean, covariance = exact_posterior(inputs, y)
     posterior = infer(
-        regression, NUTS(num_warmup=100), data={"y": y}, args=(Batch(condition=inputs),), num_draws=200, num_chains=2
+        regression,
+        NUTS(num_warmup=100),
+        data={"y": y},
+        args=(Batch(condition=inputs),),
+        num_draws=200,
+        num_chains=2,
     )
     w = posterior.flat("w")
     assert float(((w.mean(0) - mean) / covariance.diagonal().sqrt()).abs().max()) < 0.3
@@ -136,14 +153,19 @@ def test_the_average_is_left_in_the_program() -> None:
 
     plain = small_vae()
     fit(plain, x, Recording(), num_steps=6, **QUIET)
-    path = [*paths[2:], weights(plain)]  # the first is a look at the parameters; the second, weights before step 1
+    path = [
+        *paths[2:],
+        weights(plain),
+    ]  # the first is a look at the parameters; the second, weights before step 1
     expected = path[0]
     for step in path[1:]:
         expected = [decay * mean + (1 - decay) * new for mean, new in zip(expected, step, strict=True)]
     averaged = small_vae()
     fit(averaged, x, ELBO(), num_steps=6, optim=Optim(ema_decay=decay), **QUIET)
     assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(weights(averaged), expected, strict=True))
-    assert not all(torch.allclose(p, q, atol=1e-6) for p, q in zip(weights(averaged), weights(plain), strict=True))
+    assert not all(
+        torch.allclose(p, q, atol=1e-6) for p, q in zip(weights(averaged), weights(plain), strict=True)
+    )
 
 
 def test_clipping_bounds_the_gradient() -> None:
@@ -159,7 +181,9 @@ def test_clipping_bounds_the_gradient() -> None:
         def build(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
             optimiser = super().build(parameters)
             optimiser.zero_grad = lambda set_to_none=True: None  # type: ignore[method-assign]
-            optimiser.register_step_post_hook(lambda *_: seen.append(float(torch.stack([p.grad.norm() for p in parameters]).norm())))
+            optimiser.register_step_post_hook(
+                lambda *_: seen.append(float(torch.stack([p.grad.norm() for p in parameters]).norm()))
+            )
             return optimiser
 
     fit(small_vae(), torch.randn(32, 6), Watching(), num_steps=2, optim=Holding(clip_norm=1.0), **QUIET)
@@ -180,7 +204,9 @@ def test_ctrl_c_returns_what_there_is() -> None:
 
     program = small_vae()
     before = weights(program)
-    history = fit(program, torch.randn(32, 6), Interrupting(), num_steps=100, optim=Optim(ema_decay=0.5), **QUIET)
+    history = fit(
+        program, torch.randn(32, 6), Interrupting(), num_steps=100, optim=Optim(ema_decay=0.5), **QUIET
+    )
     assert history.interrupted
     assert len(history.loss) == 6
     assert "interrupted after" in str(history)
@@ -216,7 +242,14 @@ def test_programs_of_pyro_params_are_fitted_in_the_store() -> None:
     store = pyro.get_param_store()
     with store.scope():
         x = torch.randn(200) + 3
-        fit(Pair(model, lambda batch: None), x, ELBO(), num_steps=400, optim=Optim(lr=0.05, schedule="cosine"), **QUIET)
+        fit(
+            Pair(model, lambda batch: None),
+            x,
+            ELBO(),
+            num_steps=400,
+            optim=Optim(lr=0.05, schedule="cosine"),
+            **QUIET,
+        )
         assert float(pyro.param("loc").detach()) == pytest.approx(float(x.mean()), abs=0.05)
 
 
@@ -243,8 +276,14 @@ def test_quantised_data_report_bits() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (torch.full((4, 6), math.nan), r"Site 'x' holds 24 NaN or Inf of 24 values, the first at index \(0, 0\)"),
-        (torch.tensor([[0.0] * 6, [0, 0, math.inf, 0, 0, 0]]), r"1 NaN or Inf of 12 values, the first at index \(1, 2\)"),
+        (
+            torch.full((4, 6), math.nan),
+            r"Site 'x' holds 24 NaN or Inf of 24 values, the first at index \(0, 0\)",
+        ),
+        (
+            torch.tensor([[0.0] * 6, [0, 0, math.inf, 0, 0, 0]]),
+            r"1 NaN or Inf of 12 values, the first at index \(1, 2\)",
+        ),
         (torch.zeros(4, 5), r"expected shape \(n, 6\), got \(4, 5\)"),
         (torch.zeros(6), r"expected shape \(n, 6\), got \(6,\); add the row dimension: x\[None\]"),
         (torch.zeros(4, 6, dtype=torch.long), "expected floating point data, got torch.int64 in 0..0"),

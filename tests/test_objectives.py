@@ -10,8 +10,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from probgen import ELBO, IWAE, VAE, Batch, ConjugateGaussian, InputError, Optim, Pair, SemiSupervisedVAE
-from probgen import SimpleLoss, UnsupportedError, fit
+from probgen import (
+    ELBO,
+    IWAE,
+    VAE,
+    Batch,
+    ConjugateGaussian,
+    InputError,
+    Optim,
+    Pair,
+    SemiSupervisedVAE,
+    SimpleLoss,
+    UnsupportedError,
+    fit,
+)
 from probgen.models import point_posterior
 from probgen.objectives.elbo import split_missing
 
@@ -159,7 +171,10 @@ def test_discrete_sites_are_summed_out() -> None:
                 pyro.sample("x", dist.Normal(self.locs[c], 1.0))
 
         def guide(self, batch: Batch) -> None:
-            joint = dist.Normal(self.locs, 1.0).log_prob(batch.data["x"][:, None]) + torch.tensor([0.3, 0.7]).log()
+            joint = (
+                dist.Normal(self.locs, 1.0).log_prob(batch.data["x"][:, None])
+                + torch.tensor([0.3, 0.7]).log()
+            )
             with batch.plate():
                 pyro.sample("c", dist.Categorical(logits=joint), infer={"enumerate": "parallel"})
 

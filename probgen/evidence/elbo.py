@@ -15,13 +15,11 @@ from probgen.core import (
     Estimate,
     Estimator,
     Guided,
-    InputError,
     Stepwise,
     Support,
     Target,
     Terms,
     check_count,
-    describe,
 )
 
 
@@ -69,7 +67,9 @@ class ELBOEstimate(Estimator):
             value=spread.mean(0),
             standard_error=spread.std(0) / self.num_particles**0.5,
             kind="lower bound",
-            event_size=sum(value[0].numel() if target.per_row else value.numel() for value in target.data.values()),
+            event_size=sum(
+                value[0].numel() if target.per_row else value.numel() for value in target.data.values()
+            ),
             terms=average_terms(terms),
             cost=Cost(network_calls=calls, seconds=time.perf_counter() - started),
         )

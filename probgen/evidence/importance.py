@@ -39,7 +39,9 @@ class ImportanceWeighted(Estimator):
     batch_size: int = 100
     needs = (Guided,)
     paper: ClassVar[str] = "Burda et al. 2015, arXiv 1509.00519"
-    offers: ClassVar[str] = "log p(x) itself where the guide covers the posterior, and a warning where it does not"
+    offers: ClassVar[str] = (
+        "log p(x) itself where the guide covers the posterior, and a warning where it does not"
+    )
     gives_up: ClassVar[str] = "many decoder calls; fails for far-off guides and long chains"
 
     def __post_init__(self) -> None:
@@ -70,7 +72,9 @@ class ImportanceWeighted(Estimator):
             value=log_w.logsumexp(0) - math.log(self.num_samples),
             standard_error=(1 / ess - 1 / self.num_samples).clamp_min(0).sqrt(),
             kind="lower bound",
-            event_size=sum(value[0].numel() if target.per_row else value.numel() for value in target.data.values()),
+            event_size=sum(
+                value[0].numel() if target.per_row else value.numel() for value in target.data.values()
+            ),
             trusted=bad == 0,
             reason=f"k-hat > {GOOD_KHAT} for {bad} of {khat.numel()} data (largest {khat.max():.2f}): the guide misses "
             "posterior mass. Fit a wider guide, or use more samples."

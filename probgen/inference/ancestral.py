@@ -68,7 +68,7 @@ class Ancestral(Engine):
                 draws, calls = _simulate(target, num_draws, num_chains, seed), 0
                 site_dims = dims(target)
         cost = Cost(network_calls=calls, seconds=time.perf_counter() - started)
-        return Posterior(draws, self.kind, self.guarantee, repr(self), cost, dims=site_dims, target=target)
+        return Posterior(draws, self.kind, self.guarantee, str(self), cost, dims=site_dims, target=target)
 
     def _chain(
         self, program: Chained, num_draws: int, num_chains: int, seed: int, progress: bool

@@ -51,7 +51,9 @@ class Guide(Engine):
     ) -> Posterior:
         """Draw from the guide; see `Engine.run`."""
         if not target.data:
-            raise InputError(f"Guide draws latents given data, and nothing was observed of {describe(target.program)}.")
+            raise InputError(
+                f"Guide draws latents given data, and nothing was observed of {describe(target.program)}."
+            )
         started = time.perf_counter()
         assert target.guide is not None
         with torch.no_grad():
@@ -69,7 +71,7 @@ class Guide(Engine):
             if name in target.latents:
                 dims[name] = site_dims(target.latents[name])
         cost = Cost(network_calls=1, seconds=time.perf_counter() - started)
-        return Posterior(draws, self.kind, self.guarantee, repr(self), cost, dims=dims, target=target)
+        return Posterior(draws, self.kind, self.guarantee, str(self), cost, dims=dims, target=target)
 
 
 def example() -> Guide:

@@ -13,7 +13,16 @@ from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 
 from probgen.bounds import validation
-from probgen.core import Cost, Engine, InputError, Posterior, Support, Target, check_count, describe, did_you_mean
+from probgen.core import (
+    Cost,
+    Engine,
+    InputError,
+    Posterior,
+    Target,
+    check_count,
+    describe,
+    did_you_mean,
+)
 from probgen.progress import ticker
 from probgen.randomness import forked_rng
 from probgen.targets import dims
@@ -29,7 +38,8 @@ class NUTS(Engine):
         max_tree_depth: at most 2^depth - 1 gradients a draw.
         dense_metric: adapt a full covariance instead of a diagonal one.
 
-    Chains run one after another, each with a seed of its own. `stats` holds diverging, lp, energy and step_size.
+    Chains run one after another, each with a seed of its own. `stats` holds diverging, lp,
+    energy, step_size, n_steps (gradients) and reached_max_tree_depth.
 
     Source: Hoffman & Gelman (2014), arXiv 1111.4246; Pyro's implementation.
 
@@ -72,10 +82,16 @@ class NUTS(Engine):
         total = num_chains * (self.num_warmup + num_draws)
         with ticker("NUTS", total, progress) as update:
             for chain in range(num_chains):
-                start = None if init is None else {name: value[chain % init.num_chains, -1] for name, value in init.draws.items()}
+                start = (
+                    None
+                    if init is None
+                    else {name: value[chain % init.num_chains, -1] for name, value in init.draws.items()}
+                )
                 with forked_rng((seed + chain) % 2**63), validation(False):
                     run = _Chain(self, target, start)
-                    run.draw(num_draws, lambda done, offset=chain: update(offset * total // num_chains + done))
+                    run.draw(
+                        num_draws, lambda done, offset=chain: update(offset * total // num_chains + done)
+                    )
                 runs.append(run)
         seconds = time.perf_counter() - started
         warmup_seconds = sum(run.warmup_seconds for run in runs)
@@ -83,7 +99,7 @@ class NUTS(Engine):
             {name: torch.stack([torch.stack(run.draws[name]) for run in runs]) for name in runs[0].draws},
             self.kind,
             self.guarantee,
-            repr(self),
+            str(self),
             Cost(
                 gradients=sum(run.gradients - run.warmup_gradients for run in runs),
                 seconds=seconds - warmup_seconds,
@@ -91,7 +107,9 @@ class NUTS(Engine):
                 warmup_seconds=warmup_seconds,
             ),
             dims=dims(target),
-            stats={name: torch.stack([torch.tensor(run.stats[name]) for run in runs]) for name in runs[0].stats},
+            stats={
+                name: torch.stack([torch.tensor(run.stats[name]) for run in runs]) for name in runs[0].stats
+            },
             target=target,
         )
 
@@ -149,7 +167,10 @@ class _Chain:
         for name in initial:
             if name not in start:
                 raise InputError(f"init has no draws of site {name!r}; {did_you_mean(name, start)}")
-        return {name: self.transforms[name](start[name]).detach() if name in self.transforms else start[name] for name in initial}
+        return {
+            name: self.transforms[name](start[name]).detach() if name in self.transforms else start[name]
+            for name in initial
+        }
 
     def draw(self, num_draws: int, update: Any) -> None:
         started, warmup = time.perf_counter(), self.engine.num_warmup
@@ -167,15 +188,16 @@ class _Chain:
 
     def _keep(self, z: dict[str, Tensor], diverging: bool, gradients: int) -> None:
         for name, value in z.items():
-            value = self.transforms[name].inv(value) if name in self.transforms else value
-            self.draws[name].append(value.detach())
+            constrained = self.transforms[name].inv(value) if name in self.transforms else value
+            self.draws[name].append(constrained.detach())
         self.stats["diverging"].append(diverging)
         self.stats["lp"].append(-float(self.kernel._potential_energy_last or 0.0))
         self.stats["energy"].append(self.kernel.energy)
         self.stats["step_size"].append(float(self.kernel.step_size))
         self.stats["n_steps"].append(gradients)
+        self.stats["reached_max_tree_depth"].append(gradients >= 2**self.engine.max_tree_depth - 1)
 
 
 def example() -> NUTS:
-    """A short warm-up."""
-    return NUTS(num_warmup=50)
+    """A short warm-up and short trajectories."""
+    return NUTS(num_warmup=10, max_tree_depth=4)

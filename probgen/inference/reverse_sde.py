@@ -74,7 +74,7 @@ class ReverseSDE(Engine):
         with torch.no_grad():
             x = draws_in_batches(target.program, solve, **counts, batch_size=self.batch_size)
         cost = Cost(network_calls=field.calls, seconds=time.perf_counter() - started)
-        return Posterior({"x": x}, self.kind, self.guarantee, repr(self), cost, target=target)
+        return Posterior({"x": x}, self.kind, self.guarantee, str(self), cost, target=target)
 
 
 def example() -> ReverseSDE:

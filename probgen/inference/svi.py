@@ -90,7 +90,7 @@ class SVI(Engine):
             draws,
             self.kind,
             self.guarantee,
-            f"SVI(num_steps={self.num_steps}, guide={getattr(self.guide, '__name__', type(self.guide).__name__)})",
+            str(self),
             Cost(warmup_gradients=self.num_steps * num_chains, warmup_seconds=fitted),
             dims=dims(target),
             run_stats={"elbo": -torch.tensor([sum(tail) / len(tail) for tail in bounds])},

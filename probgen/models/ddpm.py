@@ -30,7 +30,8 @@ class DDPM(nn.Module):
 
     Both run in reverse order, so that every site meets its twin. With abar_k = alpha(k/T)^2,
 
-        ELBO = E log p(x_0 | x_1) - sum_{k=2..T} E KL(q(x_{k-1} | x_k, x_0) || p(x_{k-1} | x_k)) - KL(q(x_T | x_0) || N(0, I)),
+        ELBO = E log p(x_0 | x_1) - sum_{k=2..T} E KL(q(x_{k-1} | x_k, x_0) || p(x_{k-1} | x_k))
+               - KL(q(x_T | x_0) || N(0, I)),
 
     where p(x_{k-1} | x_k) has the mean of q(x_{k-1} | x_k, x_0) at x_0 = x0hat(x_k).
 
@@ -42,8 +43,8 @@ class DDPM(nn.Module):
         prediction: what the network's output is: "eps", "x0" or "v".
         reverse_variance: "posterior" (beta~_k), "beta" (beta_k), or "analytic", beta~_k + c_0^2 Var[x_0 | x_k]
             (Bao et al. 2022, arXiv 2201.06503), its variance set from data after fitting; the best bound, so default.
-        last_step: mean of p(x_0 | x_1) = N(., s^2): x_1 itself ("x1") or the network's "x0hat". s is learned, and set to
-            its optimum E|x_0 - mean|^2/d after fitting.
+        last_step: mean of p(x_0 | x_1) = N(., s^2 I): x_1 itself ("x1") or the network's "x0hat". s is learned, and
+            set to its optimum, s^2 = E|x_0 - mean|^2/d, after fitting.
 
     Raises `InputError` for unknown options, T < 2 or a missing event shape.
 
@@ -116,13 +117,15 @@ class DDPM(nn.Module):
                 x = pyro.sample(f"x_{k - 1}" if k > 1 else "x", self._normal(loc, chain.scale[row].to(x)))
 
     def guide(self, batch: Batch, t: Tensor | None = None, weight: Tensor | None = None) -> None:
-        """q(x_T | x_0), then q(x_{k-1} | x_k, x_0) down to x_1; nothing with `t`, where the model takes the terms whole."""
+        """q(x_T | x_0), then q(x_{k-1} | x_k, x_0) down to x_1; no sites with `t`, where the model has whole terms."""
         if t is not None:
             return
         x_0 = _observed(batch)
         with batch.plate():
             table = self._tables
-            x = pyro.sample(f"x_{self.num_steps}", self._normal(table.alpha[-1].to(x_0) * x_0, table.sigma[-1].to(x_0)))
+            x = pyro.sample(
+                f"x_{self.num_steps}", self._normal(table.alpha[-1].to(x_0) * x_0, table.sigma[-1].to(x_0))
+            )
             for k in range(self.num_steps, 1, -1):
                 loc = table.on_x_t[k - 1].to(x) * x + table.on_x_0[k - 1].to(x) * x_0
                 x = pyro.sample(f"x_{k - 1}", self._normal(loc, table.posterior_variance[k - 1].to(x).sqrt()))
@@ -168,7 +171,9 @@ class DDPM(nn.Module):
         variance = self._variance(at, over_event(self.x0_variance[k - 1], x_0))
         ratio = at.posterior_variance / variance
         constant = ratio - 1 - ratio.log()
-        if self.last_step == "x0hat":  # at k = 1 the bridge ends in x_0 itself: on_x_0 = 1, and p's scale is s
+        if (
+            self.last_step == "x0hat"
+        ):  # at k = 1 the bridge ends in x_0 itself: on_x_0 = 1, and p's scale is s
             first = over_event(k, x_0) == 1
             last = torch.exp(2 * self.log_last_scale)
             variance = torch.where(first, last, variance)
@@ -222,7 +227,9 @@ class DDPM(nn.Module):
         """Coefficients of x_{k-1} = A x_k + B output + S z for k = T..1, float64."""
         table = self._tables
         x0_variance = self.x0_variance.double().cpu()
-        variance = self._variance(table, x0_variance.reshape(x0_variance.shape + (1,) * (table.alpha.ndim - 1)))
+        variance = self._variance(
+            table, x0_variance.reshape(x0_variance.shape + (1,) * (table.alpha.ndim - 1))
+        )
         on_x = table.on_x_t + table.on_x_0 * table.on_x
         on_output = table.on_x_0 * table.on_output
         scale = variance.sqrt().clone()
@@ -239,7 +246,9 @@ class DDPM(nn.Module):
         copies = max(_CALIBRATION_ROWS_PER_STEP, _CALIBRATION_ROWS // self.num_steps)
         k = torch.arange(self.num_steps * copies, device=x.device) // copies + 1
         x_0 = x[torch.randint(len(x), k.shape, device=x.device)]
-        error = torch.cat([self._denoising_error(*part) for part in zip(x_0.split(_CHUNK), k.split(_CHUNK), strict=True)])
+        error = torch.cat(
+            [self._denoising_error(*part) for part in zip(x_0.split(_CHUNK), k.split(_CHUNK), strict=True)]
+        )
         self.x0_variance.copy_(error.reshape(self.num_steps, copies).mean(1))
         if self.last_step == "x1":
             alpha, sigma = self._tables.alpha[0].to(x), self._tables.sigma[0].to(x)

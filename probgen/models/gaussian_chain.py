@@ -266,7 +266,9 @@ class _Steps:
     def marginal(self) -> tuple[Tensor, Tensor]:
         """Mean and variance of p_theta(x_0), from N(0, 1) down the chain."""
         factors, shifts = self.c_x + self.c_0 * self.on_x, self.c_0 * self.offset
-        passed = torch.cat((torch.ones_like(factors[:1]), factors.cumprod(0)))  # what step k adds reaches x_0 so scaled
+        passed = torch.cat(
+            (torch.ones_like(factors[:1]), factors.cumprod(0))
+        )  # what step k adds reaches x_0 so scaled
         mean = (shifts * passed[:-1]).sum(0)
         return mean, passed[-1].square() + (self.variance * passed[:-1].square()).sum(0)
 

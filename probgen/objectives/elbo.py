@@ -18,9 +18,9 @@ MISSING = -1
 class ELBO:
     """-ELBO in nats per row: closed-form KL where Pyro has one, enumeration where sites are discrete, else Monte Carlo.
 
-    loss = -(1/N) E_q [log p(x, z) - log q(z | x)], global latents counted once, the rows of the batch N/B times.
-    For a chain of steps one step a row, drawn stratified and by importance, stands for all of them. Rows whose integer sites hold -1 are
-    taken with that site latent.
+    loss = -(1/N) E_q [log p(x, z) - log q(z | x)], global latents counted once, the rows of the batch N/B times. For
+    a chain of steps one step a row, drawn stratified and by importance, stands for all of them. Rows whose integer
+    sites hold -1 are taken with that site latent.
 
     Args:
         num_particles: Monte Carlo samples a row, >= 1.
@@ -42,7 +42,9 @@ class ELBO:
         if not beta >= 0:
             raise InputError(f"beta must be >= 0, got {beta!r}.")
         self.num_particles, self.beta = num_particles, beta
-        self._bounds: weakref.WeakKeyDictionary[Any, dict[frozenset[str], NegativeELBO]] = weakref.WeakKeyDictionary()
+        self._bounds: weakref.WeakKeyDictionary[Any, dict[frozenset[str], NegativeELBO]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def __repr__(self) -> str:
         return f"ELBO(num_particles={self.num_particles}, beta={self.beta})"
@@ -57,9 +59,14 @@ class ELBO:
         bound = self._bound(program, frozenset(batch.data))
         model = pyro.condition(program.model, data=batch.data)
         guide = program.guide
-        if issubclass(type(program), Stepwise):  # at every step: Python remembers its answer, unlike isinstance's
+        if issubclass(
+            type(program), Stepwise
+        ):  # at every step: Python remembers its answer, unlike isinstance's
             draws = [stratified_steps(program, batch) for _ in range(self.num_particles)]
-            return torch.stack([bound(model, guide, batch, t=k, weight=w) for k, w in draws]).mean() / batch.total
+            return (
+                torch.stack([bound(model, guide, batch, t=k, weight=w) for k, w in draws]).mean()
+                / batch.total
+            )
         if self.beta != 1:
             model, guide = ScaledLatents(self.beta)(model), ScaledLatents(self.beta)(guide)
         return bound(model, guide, batch) / batch.total
@@ -72,7 +79,9 @@ class ELBO:
                     "or use probgen.Pair(model, guide)."
                 )
             if self.beta != 1 and isinstance(program, Stepwise):
-                raise UnsupportedError("beta != 1 weighs latents; a chain's bound has none to weigh. Use SimpleLoss().")
+                raise UnsupportedError(
+                    "beta != 1 weighs latents; a chain's bound has none to weigh. Use SimpleLoss()."
+                )
             self._bounds[program] = {}
         by_sites = self._bounds[program]
         if observed not in by_sites:

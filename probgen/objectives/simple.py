@@ -35,7 +35,8 @@ class SimpleLoss:
         """Mean squared error of the noise, a differentiable scalar (no unit)."""
         if not isinstance(program, Diffusion):
             raise UnsupportedError(
-                f"SimpleLoss needs a program with process() and denoise(x_t, t); {describe(program)} has none. Use ELBO()."
+                f"SimpleLoss needs a program with process() and denoise(x_t, t); {describe(program)} has none. "
+                "Use ELBO()."
             )
         x_0, process = batch.data["x"], program.process()
         t = _times(getattr(program, "num_steps", None), process.t_min, len(x_0)).to(x_0)
