@@ -1,4 +1,4 @@
-"""The evidence lower bound of any model/guide pair, and its importance weights: one place, for fitting and for evidence.
+"""The evidence lower bound of any model/guide pair, and its importance weights, for fitting and for evidence alike.
 
 ELBO = E_q [log p(x, z) - log q(z | x)] <= log p(x)  (Jordan et al. 1999; Kingma & Welling 2013, arXiv 1312.6114).
 """

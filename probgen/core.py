@@ -11,7 +11,7 @@ import contextlib
 import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -321,6 +321,11 @@ def _short(value: Any) -> str:
     return getattr(value, "__name__", None) or repr(value)
 
 
+def _is_changed(method: Any, item: Field[Any]) -> bool:
+    default = item.default if item.default_factory is MISSING else item.default_factory()
+    return bool(getattr(method, item.name) != default)
+
+
 class Method:
     """What engines and evidence estimators share: what they need from a program and say of themselves."""
 
@@ -331,12 +336,8 @@ class Method:
 
     def __str__(self) -> str:
         """The name with the settings that are not the defaults, as headings show it."""
-        changed = [
-            f"{item.name}={_short(getattr(self, item.name))}"
-            for item in (fields(self) if is_dataclass(self) else ())
-            if getattr(self, item.name)
-            != (item.default if item.default_factory is MISSING else item.default_factory())
-        ]
+        settings = fields(self) if is_dataclass(self) else ()
+        changed = [f"{item.name}={_short(getattr(self, item.name))}" for item in settings if _is_changed(self, item)]
         return f"{type(self).__name__}({', '.join(changed)})" if changed else type(self).__name__
 
     def supports(self, program: Any) -> Support:

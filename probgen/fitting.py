@@ -137,7 +137,7 @@ def fit(
     validation: Any = None,
     num_steps: int = 1000,
     batch_size: int = 128,
-    optim: Optim = Optim(),  # noqa: B008 - frozen
+    optim: Optim = Optim(),
     seed: int = 0,
     progress: bool = True,
 ) -> History:

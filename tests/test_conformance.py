@@ -1,4 +1,4 @@
-"""What every program, objective, engine and estimator must do; found by walking the folders, so new files are tested."""
+"""What every program, objective, engine and estimator must do; by walking the folders, so that new files are tested."""
 
 from __future__ import annotations
 

@@ -399,7 +399,7 @@ def mutated(name: str, setting: Setting, patch: pytest.MonkeyPatch) -> Summary:
 INVISIBLE_AT_FINE_STEPS = {
     ("Ancestral", "n - 1 steps"),
     ("ReverseSDE", "n - 1 steps"),
-}  # 0.8 and 0.2 standard errors
+}
 
 
 def every_mutant(settings: tuple[Setting, ...]) -> list[Any]:

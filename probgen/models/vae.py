@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from probgen.core import Batch, InputError, check_count
+from probgen.distributions import DiagonalNormal
 from probgen.nets import MLP, GaussianMLP
 
 Law = dist.TorchDistribution
@@ -33,7 +34,7 @@ class GaussianLikelihood(nn.Module):
     Source: Rybkin et al. (2021), arXiv 2006.13202.
 
     >>> GaussianLikelihood(0.5)(torch.zeros(3)).stddev
-    tensor([0.5000, 0.5000, 0.5000], grad_fn=<ExpandBackward0>)
+    tensor([0.5000, 0.5000, 0.5000], grad_fn=<SqrtBackward0>)
     """
 
     def __init__(self, scale: float = 0.5, shape: Sequence[int] = ()) -> None:
@@ -43,7 +44,7 @@ class GaussianLikelihood(nn.Module):
         self.log_scale = nn.Parameter(torch.full(tuple(shape), float(scale)).log())
 
     def forward(self, output: Tensor) -> Law:
-        return dist.Normal(output, self.log_scale.exp())
+        return DiagonalNormal(output, self.log_scale.exp())
 
 
 class BernoulliLikelihood(nn.Module):
@@ -129,7 +130,8 @@ def over_rows(net: Callable[..., Any], inputs: Sequence[tuple[Tensor, int]]) -> 
     torch.Size([7, 5, 2])
     """
     split = [(x, x.shape[: x.ndim - ndim], x.shape[x.ndim - ndim :]) for x, ndim in inputs]
-    batch_shape = torch.broadcast_shapes(*(batch for _, batch, _ in split))
+    shapes = [batch for _, batch, _ in split]
+    batch_shape = shapes[0] if len(shapes) == 1 else torch.broadcast_shapes(*shapes)  # which costs as much as a layer
     rows = batch_shape.numel()
     outputs = net(*(x.expand(batch_shape + event).reshape((rows, *event)) for x, _, event in split))
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
