@@ -23,7 +23,10 @@ Sites = dict[str, dict[str, Any]]
 
 
 def trace_pair(
-    model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
 ) -> tuple[Any, Any]:
     """Traces of the model, replayed on the guide, and of the guide."""
     kwargs = kwargs or {}
@@ -35,12 +38,16 @@ def trace_pair(
 def sample_sites(trace: Any) -> Sites:
     """The sample sites of a trace, in order, factors included, without the bookkeeping of plates."""
     subsampled = poutine.util.site_is_subsample
-    return {name: site for name, site in trace.nodes.items() if site["type"] == "sample" and not subsampled(site)}
+    return {
+        name: site for name, site in trace.nodes.items() if site["type"] == "sample" and not subsampled(site)
+    }
 
 
 def plate_nesting(*traces: Any) -> int:
     """How many dimensions on the left of the event belong to plates."""
-    frames = [f for trace in traces for site in sample_sites(trace).values() for f in site["cond_indep_stack"]]
+    frames = [
+        f for trace in traces for site in sample_sites(trace).values() for f in site["cond_indep_stack"]
+    ]
     return max((-frame.dim for frame in frames if frame.vectorized), default=0)
 
 
@@ -73,7 +80,9 @@ class NegativeELBO:
         self.num_particles, self.vectorised = num_particles, vectorised
         self._estimator: Any = None
 
-    def __call__(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
         """A differentiable surrogate whose value is -ELBO in nats, summed over the full data set."""
         if self._estimator is None:
             self._estimator = self._choose(model, guide, args, kwargs)
@@ -83,7 +92,9 @@ class NegativeELBO:
             loss = self._estimator.differentiable_loss(model, guide, *args, **kwargs)
         return loss if isinstance(loss, Tensor) else torch.tensor(float(loss))
 
-    def _choose(self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+    def _choose(
+        self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
         # Looking ahead must not move the random stream that the caller's seed stands for.
         with validation(True), torch.random.fork_rng(devices=()), torch.no_grad():
             model_trace, guide_trace = trace_pair(model, guide, args, kwargs)
@@ -144,7 +155,11 @@ class ScaledLatents(Messenger):
 
 
 def log_weights(
-    model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], num_particles: int, vectorised: bool
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    num_particles: int,
+    vectorised: bool,
 ) -> dict[str, Tensor]:
     """log p(z_i | ..) - log q(z_i | ..), or log p(x_i | ..), of each site for z ~ q; their sum is log p(x, z)/q(z | x).
 
@@ -168,7 +183,9 @@ def log_weights(
         return {name: weight.expand(num_particles, args[0].size) for name, weight in weights.items()}
 
 
-def _site_weights(model_trace: Any, guide_trace: Any, reduce: Callable[[dict[str, Any]], Tensor]) -> dict[str, Tensor]:
+def _site_weights(
+    model_trace: Any, guide_trace: Any, reduce: Callable[[dict[str, Any]], Tensor]
+) -> dict[str, Tensor]:
     model_trace.compute_log_prob()
     guide_trace.compute_log_prob()
     weights = {name: reduce(site) for name, site in sample_sites(model_trace).items()}

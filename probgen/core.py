@@ -336,8 +336,10 @@ class Method:
 
     def __str__(self) -> str:
         """The name with the settings that are not the defaults, as headings show it."""
-        settings = fields(self) if is_dataclass(self) else ()
-        changed = [f"{item.name}={_short(getattr(self, item.name))}" for item in settings if _is_changed(self, item)]
+        settings: tuple[Field[Any], ...] = fields(self) if is_dataclass(self) else ()
+        changed = [
+            f"{item.name}={_short(getattr(self, item.name))}" for item in settings if _is_changed(self, item)
+        ]
         return f"{type(self).__name__}({', '.join(changed)})" if changed else type(self).__name__
 
     def supports(self, program: Any) -> Support:

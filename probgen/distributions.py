@@ -30,7 +30,9 @@ class DiagonalNormal(TorchDistribution):
     arg_constraints = {"loc": constraints.real, "scale": constraints.positive}  # noqa: RUF012 - as torch declares it
     has_rsample = True
 
-    def __init__(self, loc: Tensor, scale: Tensor, event_dim: int = 0, validate_args: bool | None = None) -> None:
+    def __init__(
+        self, loc: Tensor, scale: Tensor, event_dim: int = 0, validate_args: bool | None = None
+    ) -> None:
         self.loc, self.scale = loc, scale
         split = loc.ndim - event_dim
         super().__init__(loc.shape[:split], loc.shape[split:], validate_args=validate_args)
@@ -60,9 +62,10 @@ class DiagonalNormal(TorchDistribution):
         loc = self.loc.expand(torch.Size(batch_shape) + self.event_shape)
         return DiagonalNormal(loc, self.scale, self.event_dim, validate_args=False)
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
         """loc + scale z, differentiable."""
-        return self.loc + self.scale * torch.randn(self.shape(sample_shape), dtype=self.loc.dtype, device=self.loc.device)
+        shape = self.shape(torch.Size(sample_shape))
+        return self.loc + self.scale * torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Nats, `(*batch,)`."""

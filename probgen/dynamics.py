@@ -171,7 +171,9 @@ def solve_sde(field: ReverseField, x_1: Tensor, brownian: BrownianSteps, method:
     field.tabulate(x_1)
     system = _TorchSDE(field, x_1.shape)
     clock = torch.tensor([0.0, float(field.num_steps)], dtype=torch.float64)
-    path = torchsde.sdeint(system, x_1.flatten(1), clock, bm=_BrownianAdapter(brownian), method=method, dt=1.0)
+    path = torchsde.sdeint(
+        system, x_1.flatten(1), clock, bm=_BrownianAdapter(brownian), method=method, dt=1.0
+    )
     return path[-1].reshape(x_1.shape)
 
 
@@ -228,6 +230,12 @@ def solve_ode(field: ReverseField, x_1: Tensor, method: str, rtol: float, atol: 
     else:  # an adaptive method would step past the end, where there is no time, and interpolate back
         options = {"step_t": clock[1:]}
     path = odeint(
-        lambda u, x: field.drift(float(u), x), x_1, clock, rtol=rtol, atol=atol, method=method, options=options
+        lambda u, x: field.drift(float(u), x),
+        x_1,
+        clock,
+        rtol=rtol,
+        atol=atol,
+        method=method,
+        options=options,
     )
     return path[-1]

@@ -81,7 +81,9 @@ class History:
     def bits_per_dim(self, loss: float) -> float:
         """A loss in nats per row as bits/dim of the integer levels behind the data."""
         if self.num_levels is None:
-            raise InputError("bits/dim need integer levels behind the data: fit a probgen.data.Quantised data set.")
+            raise InputError(
+                "bits/dim need integer levels behind the data: fit a probgen.data.Quantised data set."
+            )
         return (loss / self.event_size - math.log(2 / self.num_levels)) / math.log(2)
 
     def __str__(self) -> str:
@@ -119,7 +121,9 @@ class Rows:
         else:
             picked = {name: value[index] for name, value in self._tensors.items()}
         condition = None if self.condition is None else _like(self.condition[index], like)
-        return Batch({name: _like(value, like) for name, value in picked.items()}, condition, index, self.total)
+        return Batch(
+            {name: _like(value, like) for name, value in picked.items()}, condition, index, self.total
+        )
 
 
 def _like(value: Tensor, like: Tensor | None) -> Tensor:
@@ -162,7 +166,13 @@ def fit(
     check_count("num_steps", num_steps)
     check_count("batch_size", batch_size)
     rows = Rows(data, condition)
-    held_out = None if validation is None else Rows(*validation) if isinstance(validation, tuple) else Rows(validation)
+    held_out = (
+        None
+        if validation is None
+        else Rows(*validation)
+        if isinstance(validation, tuple)
+        else Rows(validation)
+    )
     history = History(num_levels=getattr(data, "num_levels", None))
     started = time.perf_counter()
     with forked_rng(seed), _training(program):
@@ -196,15 +206,21 @@ class _Run:
         first = rows.batch(torch.arange(batch_size), self.like)
         check_event(program, first.data)
         self.event_size = sum(value[0].numel() for value in first.data.values())
-        self.parameters = _unique([p for p in own if p.requires_grad] + _stored_parameters(objective, program, first))
+        self.parameters = _unique(
+            [p for p in own if p.requires_grad] + _stored_parameters(objective, program, first)
+        )
         if not self.parameters:
             raise InputError(f"{describe(program)} has no weights to fit: no nn.Parameter and no pyro.param.")
         self.optimiser = optim.build(self.parameters)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, lambda step: optim.factor(step / num_steps))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimiser, lambda step: optim.factor(step / num_steps)
+        )
         self.average = None
         if optim.ema_decay is not None:
             if not own:
-                raise InputError("ema_decay needs a program that is an nn.Module; pyro.param weights are not averaged.")
+                raise InputError(
+                    "ema_decay needs a program that is an nn.Module; pyro.param weights are not averaged."
+                )
             self.average = AveragedModel(program, multi_avg_fn=get_ema_multi_avg_fn(optim.ema_decay))
 
     def loop(self, history: History, update: Any) -> None:
@@ -253,7 +269,9 @@ class _Run:
         """Leave the averaged weights in the program, and its constants set from data."""
         if self.average is not None:
             with torch.no_grad():
-                for weight, mean in zip(self.program.parameters(), self.average.module.parameters(), strict=True):
+                for weight, mean in zip(
+                    self.program.parameters(), self.average.module.parameters(), strict=True
+                ):
                     weight.copy_(mean)
         if isinstance(self.program, Calibrated):
             index = torch.randperm(self.rows.total)[:CALIBRATION_ROWS]

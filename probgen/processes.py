@@ -98,7 +98,11 @@ class Process:
         ratio = self.alpha(t) / self.alpha(s)
         sigma2_s, sigma2_t = self.sigma(s).square(), self.sigma(t).square()
         sigma2_ts = (sigma2_t - ratio.square() * sigma2_s).clamp_min(0)
-        return ratio * sigma2_s / sigma2_t, self.alpha(s) * sigma2_ts / sigma2_t, sigma2_ts * sigma2_s / sigma2_t
+        return (
+            ratio * sigma2_s / sigma2_t,
+            self.alpha(s) * sigma2_ts / sigma2_t,
+            sigma2_ts * sigma2_s / sigma2_t,
+        )
 
 
 def _derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
@@ -127,7 +131,9 @@ class VP(Process):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.beta_min <= 0 or self.beta_max <= 0:
-            raise InputError(f"VP needs positive rates, got beta_min={self.beta_min}, beta_max={self.beta_max}.")
+            raise InputError(
+                f"VP needs positive rates, got beta_min={self.beta_min}, beta_max={self.beta_max}."
+            )
 
     def _integral(self, t: Tensor) -> Tensor:
         return self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * t.square()

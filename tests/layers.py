@@ -129,7 +129,9 @@ def check_import(source: Source, dotted: str, units: set[str]) -> str:
     """What is wrong with importing `dotted` there; "" if nothing is."""
     if not dotted:
         hidden = layer(source.unit) not in ("root", "faces") and source.unit != BY_NAME
-        message = f"imports a module whose name cannot be read here; only {BY_NAME}.py looks methods up by name"
+        message = (
+            f"imports a module whose name cannot be read here; only {BY_NAME}.py looks methods up by name"
+        )
         return message if hidden else ""
     top = dotted.split(".")[0]
     if top in ("models", "inference"):

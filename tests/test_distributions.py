@@ -19,9 +19,12 @@ def test_density_and_gradients_are_pyros(scale: Tensor, event_dim: int) -> None:
     if scale.ndim and event_dim == 1:
         scale = scale[0]
     results = []
-    for make in (lambda m, s: DiagonalNormal(m, s).to_event(event_dim), lambda m, s: dist.Normal(m, s).to_event(event_dim)):
+    for make in (
+        lambda m, s: DiagonalNormal(m, s).to_event(event_dim),
+        lambda m, s: dist.Normal(m, s).to_event(event_dim),
+    ):
         loc, spread = LOC.clone().requires_grad_(), scale.double().requires_grad_()
-        law = make(loc, spread)
+        law = family(loc, spread).to_event(event_dim)
         log_prob = law.log_prob(x)
         results.append((log_prob, *torch.autograd.grad(log_prob.cos().sum(), (loc, spread))))
         assert law.batch_shape == LOC.shape[: LOC.ndim - event_dim]

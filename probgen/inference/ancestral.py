@@ -121,9 +121,13 @@ def _side_by_side(target: Target, num_draws: int, num_chains: int) -> dict[str, 
     if condition is None:
         values = _values(target.model, (Batch(num_rows=total * given.size),), None)
     else:
-        values = _values(target.model, (Batch(condition=condition.repeat(total, *[1] * (condition.ndim - 1))),), None)
+        values = _values(
+            target.model, (Batch(condition=condition.repeat(total, *[1] * (condition.ndim - 1))),), None
+        )
     rows = (given.size,) if condition is not None or given.size > 1 else ()
-    return {name: value.reshape(num_chains, num_draws, *rows, *value.shape[1:]) for name, value in values.items()}
+    return {
+        name: value.reshape(num_chains, num_draws, *rows, *value.shape[1:]) for name, value in values.items()
+    }
 
 
 def _values(model: Any, args: tuple[Any, ...], seed: int | None) -> dict[str, Tensor]:

@@ -65,7 +65,9 @@ class ReverseSDE(Engine):
         """Draw from the program; see `Engine.run`."""
         started = time.perf_counter()
         denoiser = AffineDenoiser.of(target.program)
-        field = ReverseField(denoiser, Grid(denoiser.process.t_min, self.power), self.steps, stochasticity=1.0)
+        field = ReverseField(
+            denoiser, Grid(denoiser.process.t_min, self.power), self.steps, stochasticity=1.0
+        )
 
         def solve(noise: Noise) -> Tensor:
             return field.finish(solve_sde(field, field.start(noise(0)), BrownianSteps(noise), self.method))

@@ -131,7 +131,9 @@ def over_rows(net: Callable[..., Any], inputs: Sequence[tuple[Tensor, int]]) -> 
     """
     split = [(x, x.shape[: x.ndim - ndim], x.shape[x.ndim - ndim :]) for x, ndim in inputs]
     shapes = [batch for _, batch, _ in split]
-    batch_shape = shapes[0] if len(shapes) == 1 else torch.broadcast_shapes(*shapes)  # which costs as much as a layer
+    batch_shape = (
+        shapes[0] if len(shapes) == 1 else torch.broadcast_shapes(*shapes)
+    )  # which costs as much as a layer
     rows = batch_shape.numel()
     outputs = net(*(x.expand(batch_shape + event).reshape((rows, *event)) for x, _, event in split))
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
