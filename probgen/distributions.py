@@ -21,6 +21,7 @@ class DiagonalNormal(TorchDistribution):
         loc: `(*batch, *event)`.
         scale: > 0, broadcastable to the event: `()` or of its shape.
         event_dim: number of event dimensions; `to_event` adds to it.
+        validate_args: check the arguments; None takes torch's setting.
 
     >>> law = DiagonalNormal(torch.zeros(2, 3), torch.tensor(0.5)).to_event(1)
     >>> law.log_prob(torch.ones(2, 3)).shape

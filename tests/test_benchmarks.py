@@ -16,7 +16,7 @@ from probgen.core import Batch
 ROOT = Path(__file__).parent.parent
 ENGINES = ("ancestral", "reverse_sde", "probability_flow_ode")
 KEYS = {
-    "training": {"ours/conv_ddpm", "ours/mlp_ddpm", "ours/vae"},
+    "training": {"ours/conv_ddpm", "ours/mlp_ddpm", "ours/vae", "ours/vae_digits"},
     "sampling": {f"ours/{net}/{engine}" for net in ("unet", "mlp") for engine in ENGINES},
 }
 

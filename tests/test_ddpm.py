@@ -206,11 +206,11 @@ def test_calibration_finds_the_best_last_scale() -> None:
     x = correlated_data(512)
     ddpm = DDPM(TimeMLP((3,), width=8, num_blocks=1), num_steps=10)
     ddpm.calibrate(x)
-    at_optimum = float(ddpm.end_terms(x)["x"].mean())
+    at_optimum = ddpm.end_terms(x)["x"].mean().item()
     for shift in (-0.1, 0.1):
         with torch.no_grad():
             ddpm.log_last_scale.add_(shift)
-            assert float(ddpm.end_terms(x)["x"].mean()) > at_optimum + 0.005
+            assert ddpm.end_terms(x)["x"].mean().item() > at_optimum + 0.005
             ddpm.log_last_scale.sub_(shift)
 
 

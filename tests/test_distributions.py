@@ -19,10 +19,7 @@ def test_density_and_gradients_are_pyros(scale: Tensor, event_dim: int) -> None:
     if scale.ndim and event_dim == 1:
         scale = scale[0]
     results = []
-    for make in (
-        lambda m, s: DiagonalNormal(m, s).to_event(event_dim),
-        lambda m, s: dist.Normal(m, s).to_event(event_dim),
-    ):
+    for family in (DiagonalNormal, dist.Normal):
         loc, spread = LOC.clone().requires_grad_(), scale.double().requires_grad_()
         law = family(loc, spread).to_event(event_dim)
         log_prob = law.log_prob(x)
