@@ -30,6 +30,8 @@ class Optim:
     Args:
         lr: learning rate, > 0.
         schedule: "constant", or "cosine" from lr down to 0 over the run.
+        warmup: steps over which lr first rises from 0, >= 0.
+        betas: decays of Adam's averages of the gradient and of its square, each in [0, 1).
         clip_norm: largest gradient norm, or None.
         ema_decay: decay of the exponential moving average of the weights in [0, 1), or None; the average is what
             is left in the program.
@@ -37,6 +39,8 @@ class Optim:
 
     lr: float = 1e-3
     schedule: Literal["constant", "cosine"] = "constant"
+    warmup: int = 0
+    betas: tuple[float, float] = (0.9, 0.999)
     clip_norm: float | None = None
     ema_decay: float | None = None
 
@@ -45,6 +49,9 @@ class Optim:
             raise InputError(f"lr must be > 0, got {self.lr!r}.")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise InputError(f"clip_norm must be > 0 or None, got {self.clip_norm!r}.")
+        check_count("warmup", self.warmup, 0)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"betas must be two numbers in [0, 1), got {self.betas!r}.")
         if self.schedule not in ("constant", "cosine"):
             raise InputError(f"schedule must be 'constant' or 'cosine', got {self.schedule!r}.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
@@ -52,11 +59,12 @@ class Optim:
 
     def build(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         """One fused optimiser for all parameters."""
-        return torch.optim.Adam(parameters, lr=self.lr, fused=True)
+        return torch.optim.Adam(parameters, lr=self.lr, betas=self.betas, fused=True)
 
-    def factor(self, done: float) -> float:
-        """Multiple of `lr` when a fraction `done` of the run is over."""
-        return 0.5 * (1 + math.cos(math.pi * done)) if self.schedule == "cosine" else 1.0
+    def factor(self, step: int, num_steps: int) -> float:
+        """Multiple of `lr` after `step` of `num_steps` steps."""
+        rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        return rise * (0.5 * (1 + math.cos(math.pi * step / num_steps)) if self.schedule == "cosine" else 1.0)
 
 
 @dataclass
@@ -213,7 +221,7 @@ class _Run:
             raise InputError(f"{describe(program)} has no weights to fit: no nn.Parameter and no pyro.param.")
         self.optimiser = optim.build(self.parameters)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimiser, lambda step: optim.factor(step / num_steps)
+            self.optimiser, lambda step: optim.factor(step, num_steps)
         )
         self.average = None
         if optim.ema_decay is not None:

@@ -168,6 +168,16 @@ def test_the_average_is_left_in_the_program() -> None:
     )
 
 
+def test_the_schedule_rises_then_falls() -> None:
+    optim = Optim(lr=1.0, schedule="cosine", warmup=4)
+    factors = [optim.factor(step, 100) for step in range(101)]
+    assert factors[0] == pytest.approx(0.25)
+    assert max(factors) == factors[3] == pytest.approx(1.0, abs=0.01)
+    assert factors[50] == pytest.approx(0.5)
+    assert factors[100] == pytest.approx(0.0, abs=1e-9)
+    assert Optim(schedule="constant").factor(77, 100) == 1.0
+
+
 def test_clipping_bounds_the_gradient() -> None:
     seen: list[float] = []
 
@@ -311,7 +321,16 @@ def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None
 
 
 @pytest.mark.parametrize(
-    "options", [{"lr": 0.0}, {"lr": -1.0}, {"schedule": "cosin"}, {"ema_decay": 1.0}, {"clip_norm": 0.0}]
+    "options",
+    [
+        {"lr": 0.0},
+        {"lr": -1.0},
+        {"schedule": "cosin"},
+        {"ema_decay": 1.0},
+        {"clip_norm": 0.0},
+        {"warmup": -1},
+        {"betas": (0.9, 1.0)},
+    ],
 )
 def test_bad_optimisers_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(options))):
