@@ -77,8 +77,8 @@ class Settings:
 
     classifier_steps: int = 800
     vae_steps: int = 2000
-    ddpm_steps: int = 1800
-    chain_steps: int = 100
+    ddpm_steps: int = 1700
+    chain_steps: int = 80
     ode_steps: int = 10
     num_images: int | None = None
     num_latent_digits: int = 3
