@@ -41,7 +41,7 @@ class ELBOEstimate(Estimator):
     """
 
     num_particles: int = 8
-    batch_size: int = 4096
+    batch_size: int = 512
     needs = (Guided,)
     paper: ClassVar[str] = "Ho et al. 2020, arXiv 2006.11239"
     offers: ClassVar[str] = "a lower bound for any model/guide pair, and where it is lost"

@@ -12,6 +12,7 @@ import torch
 from probgen.arviz_io import pareto_khat
 from probgen.bounds import log_weights
 from probgen.core import Cost, Estimate, Estimator, Guided, Support, Target, check_count
+from probgen.evidence.elbo import needs_guide, vectorises
 
 GOOD_KHAT = 0.7
 
@@ -50,18 +51,15 @@ class ImportanceWeighted(Estimator):
 
     def supports(self, program: object) -> Support:
         """Whether the program has a guide."""
-        if getattr(program, "guide", None) is None:
-            return Support(False, "it needs a guide q(z | x), a method guide(batch) of the program")
-        return Support(True)
+        return needs_guide(program)
 
     def estimate(self, target: Target, *, seed: int) -> Estimate:
         """log p of each row; see `Estimator.estimate`."""
         started, parts = time.perf_counter(), []
         assert target.guide is not None
-        vectorised = target.per_row and hasattr(target.program, "event_shape")
         for first in range(0, self.num_samples, self.batch_size):
             size = min(self.batch_size, self.num_samples - first)
-            sites = log_weights(target.model, target.guide, target.args, size, vectorised)
+            sites = log_weights(target.model, target.guide, target.args, size, vectorises(target))
             parts.append(torch.stack([value.double() for value in sites.values()]).sum(0))
         log_w = torch.cat(parts)  # (sample, row)
         normalised = log_w.softmax(0)
