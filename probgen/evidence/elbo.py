@@ -67,9 +67,7 @@ class ELBOEstimate(Estimator):
             value=spread.mean(0),
             standard_error=spread.std(0) / self.num_particles**0.5,
             kind="lower bound",
-            event_size=sum(
-                value[0].numel() if target.per_row else value.numel() for value in target.data.values()
-            ),
+            event_size=event_size(target),
             terms=average_terms(terms),
             cost=Cost(network_calls=calls, seconds=time.perf_counter() - started),
         )
@@ -114,6 +112,11 @@ def needs_guide(program: object) -> Support:
 def vectorises(target: Target) -> bool:
     """Whether rows have weights of their own and particles can run side by side."""
     return target.per_row and hasattr(target.program, "event_shape")
+
+
+def event_size(target: Target) -> int:
+    """Number of observed coordinates of one value: of a row, or of all data where rows are not independent."""
+    return sum(value[0].numel() if target.per_row else value.numel() for value in target.data.values())
 
 
 def example() -> ELBOEstimate:
