@@ -174,13 +174,8 @@ def fit(
     check_count("num_steps", num_steps)
     check_count("batch_size", batch_size)
     rows = Rows(data, condition)
-    held_out = (
-        None
-        if validation is None
-        else Rows(*validation)
-        if isinstance(validation, tuple)
-        else Rows(validation)
-    )
+    with_condition = validation if isinstance(validation, tuple) else (validation,)
+    held_out = None if validation is None else Rows(*with_condition)
     history = History(num_levels=getattr(data, "num_levels", None))
     started = time.perf_counter()
     with forked_rng(seed), _training(program):
