@@ -129,7 +129,6 @@ def arguments(description: str, num_pairs: int, num_steps: int) -> argparse.Name
         "--tiny", action="store_true", help="tiny networks: to see that it runs, not how fast"
     )
     torch.set_num_threads(1)
-    keep_freed_memory()
     return parser.parse_args()
 
 

@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.timing import Ratio, StampedObjective, arguments, interleaved, report, seconds_each
+from benchmarks.timing import (
+    Ratio,
+    StampedObjective,
+    arguments,
+    interleaved,
+    keep_freed_memory,
+    report,
+    seconds_each,
+)
 from probgen import DDPM, ELBO, VAE, VP, Optim, digits, fit
 from probgen.nets import TimeMLP, UNet
 
@@ -25,6 +33,7 @@ Loss = Callable[[Tensor], Tensor]
 
 def main() -> None:
     options = arguments("Steps of fit over steps of a hand-written loop.", num_pairs=21, num_steps=12)
+    keep_freed_memory()
     torch.manual_seed(0)
     data = digits()[0].all()
     title = (

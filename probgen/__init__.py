@@ -21,19 +21,47 @@ _HOME = {
     "nets": ["MLP", "TimeMLP", "UNet"],
     "data": ["Quantised", "digits"],
     "arviz_io": ["to_arviz"],
+    "conditioning": ["Labels", "Vector"],
+    "distributions": ["FlowLaw"],
     "models": [
         "DDPM",
         "VAE",
         "ConditionalVAE",
         "ConjugateGaussian",
+        "Empirical",
         "GaussianChain",
         "GaussianMixture",
         "SemiSupervisedVAE",
+        "FlowMatching",
+        "NCSN",
+        "NeuralSDE",
+        "ScoreSDE",
     ],
-    "objectives": ["ELBO", "IWAE", "SimpleLoss"],
-    "inference": ["NUTS", "SVI", "Ancestral", "Guide", "ProbabilityFlowODE", "ReverseSDE"],
-    "evidence": ["ELBOEstimate", "ImportanceWeighted"],
-    "diagnostics": ["agree", "frechet_distance", "loo", "predict", "summary"],
+    "objectives": [
+        "ELBO",
+        "IWAE",
+        "ConditionalFlowMatching",
+        "DenoisingScoreMatching",
+        "ExplicitScoreMatching",
+        "ImplicitScoreMatching",
+        "SimpleLoss",
+        "SlicedScoreMatching",
+    ],
+    "inference": [
+        "DDIM",
+        "NUTS",
+        "SVI",
+        "Ancestral",
+        "DPMSolver",
+        "Guide",
+        "ProbabilityFlowODE",
+        "ReverseSDE",
+        "AnnealedLangevin",
+        "FlowSDE",
+        "PredictorCorrector",
+    ],
+    "evidence": ["ELBOEstimate", "ImportanceWeighted", "ODELikelihood"],
+    "diagnostics": ["agree", "fokker_planck", "frechet_distance", "lipschitz", "loo", "predict", "summary"],
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 _FOLDERS = ("evidence",)  # a folder that is also a verb
@@ -42,6 +70,8 @@ __all__ = sorted([*_MODULE, *_FOLDERS])  # noqa: PLE0605
 
 if TYPE_CHECKING:
     from probgen.arviz_io import to_arviz as to_arviz
+    from probgen.conditioning import Labels as Labels
+    from probgen.conditioning import Vector as Vector
     from probgen.core import (
         Batch as Batch,
     )
@@ -66,7 +96,13 @@ if TYPE_CHECKING:
         agree as agree,
     )
     from probgen.diagnostics import (
+        fokker_planck as fokker_planck,
+    )
+    from probgen.diagnostics import (
         frechet_distance as frechet_distance,
+    )
+    from probgen.diagnostics import (
+        lipschitz as lipschitz,
     )
     from probgen.diagnostics import (
         loo as loo,
@@ -77,11 +113,16 @@ if TYPE_CHECKING:
     from probgen.diagnostics import (
         summary as summary,
     )
+    from probgen.distributions import FlowLaw as FlowLaw
     from probgen.evidence import ELBOEstimate as ELBOEstimate
     from probgen.evidence import ImportanceWeighted as ImportanceWeighted
+    from probgen.evidence import ODELikelihood as ODELikelihood
     from probgen.fitting import History as History
     from probgen.fitting import Optim as Optim
     from probgen.fitting import fit as fit
+    from probgen.inference import (
+        DDIM as DDIM,
+    )
     from probgen.inference import (
         NUTS as NUTS,
     )
@@ -91,9 +132,15 @@ if TYPE_CHECKING:
     from probgen.inference import (
         Ancestral as Ancestral,
     )
+    from probgen.inference import AnnealedLangevin as AnnealedLangevin
+    from probgen.inference import (
+        DPMSolver as DPMSolver,
+    )
+    from probgen.inference import FlowSDE as FlowSDE
     from probgen.inference import (
         Guide as Guide,
     )
+    from probgen.inference import PredictorCorrector as PredictorCorrector
     from probgen.inference import (
         ProbabilityFlowODE as ProbabilityFlowODE,
     )
@@ -103,6 +150,7 @@ if TYPE_CHECKING:
     from probgen.models import (
         DDPM as DDPM,
     )
+    from probgen.models import NCSN as NCSN
     from probgen.models import (
         VAE as VAE,
     )
@@ -113,11 +161,17 @@ if TYPE_CHECKING:
         ConjugateGaussian as ConjugateGaussian,
     )
     from probgen.models import (
+        Empirical as Empirical,
+    )
+    from probgen.models import FlowMatching as FlowMatching
+    from probgen.models import (
         GaussianChain as GaussianChain,
     )
     from probgen.models import (
         GaussianMixture as GaussianMixture,
     )
+    from probgen.models import NeuralSDE as NeuralSDE
+    from probgen.models import ScoreSDE as ScoreSDE
     from probgen.models import (
         SemiSupervisedVAE as SemiSupervisedVAE,
     )
@@ -126,7 +180,12 @@ if TYPE_CHECKING:
     from probgen.nets import UNet as UNet
     from probgen.objectives import ELBO as ELBO
     from probgen.objectives import IWAE as IWAE
+    from probgen.objectives import ConditionalFlowMatching as ConditionalFlowMatching
+    from probgen.objectives import DenoisingScoreMatching as DenoisingScoreMatching
+    from probgen.objectives import ExplicitScoreMatching as ExplicitScoreMatching
+    from probgen.objectives import ImplicitScoreMatching as ImplicitScoreMatching
     from probgen.objectives import SimpleLoss as SimpleLoss
+    from probgen.objectives import SlicedScoreMatching as SlicedScoreMatching
     from probgen.processes import VP as VP
     from probgen.processes import CosineVP as CosineVP
     from probgen.targets import Pair as Pair

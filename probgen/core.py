@@ -38,6 +38,10 @@ class UnsupportedError(ProbgenError):
     """An engine, objective or estimator needs what this program does not offer; the message says which would do."""
 
 
+class NonFiniteWarning(UserWarning):
+    """Some draws turned NaN or infinite; they are so in the result, and the others are unaffected."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Closest known name as a sentence, or the list of all known names.
 
@@ -166,19 +170,83 @@ class Predicting(Diffusion, Protocol):
         """a and b at times t `(n,)`, each `(n,)` or `(n, *event)`."""
 
 
+@runtime_checkable
+class Flow(Program, Protocol):
+    """A program that carries the law of noise to that of data along dx/dt = velocity(x, t), t from 1 to 0."""
+
+    def velocity(self, x_t: Tensor, t: Tensor, /) -> Tensor:
+        """dx_t/dt: x_t `(batch, *event)`, t `(batch,)` or `(1,)` in `span()` -> `(batch, *event)`."""
+
+    def span(self) -> tuple[float, float]:
+        """The earliest and the latest time at which the velocity may be asked for."""
+
+    def initial(self) -> Any:
+        """The law at the latest time, a `probgen.dynamics.Initial`."""
+
+
+@runtime_checkable
+class Coupled(Flow, Protocol):
+    """A flow fitted by regression on the paths x_t = alpha x_0 + sigma x_1 between coupled pairs (x_0, x_1)."""
+
+    def couple(self, batch: Batch, /) -> Tensor:
+        """x_1, the partner of each row of `batch.data["x"]`: `(batch, *event)`."""
+
+    def path(self) -> Any:
+        """alpha and sigma of the paths, a `probgen.processes.Process`."""
+
+
+@runtime_checkable
+class Levelled(Diffusion, Protocol):
+    """A diffusion whose network knows a few noise levels and nothing between them."""
+
+    def levels(self) -> Tensor:
+        """Their times, `(L,)` in [0, 1]."""
+
+
+@runtime_checkable
+class Scored(Diffusion, Protocol):
+    """A diffusion that knows its score without dividing by the noise, as oracles do: exact at t = 0 too."""
+
+    def score(self, x_t: Tensor, t: Tensor, /) -> Tensor:
+        """grad log p_t(x_t), `(batch, *event)`."""
+
+
+@runtime_checkable
+class Conditional(Program, Protocol):
+    """A program that takes a condition c, and of which one may ask for what it is given c."""
+
+    def given(self, condition: Tensor | None, /) -> Any:
+        """The program at this condition, one row for each row of x: the same capabilities, the condition filled in.
+
+        Rows of c may be missing (-1 for labels, NaN for arrays; None for all): what is given is then nothing. In
+        training mode conditions are dropped at random, so that one network learns both.
+        """
+
+
+def given(program: Any, condition: Tensor | None) -> Any:
+    """The program at a condition: itself where there is none."""
+    if condition is None:
+        return program
+    if not isinstance(program, Conditional):
+        raise InputError(f"{describe(program)} takes no condition: it has no method given(condition).")
+    return program.given(condition)
+
+
 @dataclass(frozen=True)
 class ReverseChain:
     """x_{k-1} = on_x[k] x_k + on_output[k] predict(x_k, t_k) + scale[k] z, rows ordered k = T..1; z ~ N(0, I).
 
     Args:
-        times: `(T,)` in (0, 1], t_k = k/T.
+        times: t_k in (0, 1], `(T,)`.
         on_x, on_output, scale: `(T,)` or `(T, *event)`, float64.
+        start_scale: standard deviation of p(x_T) = N(0, .), `()` or `(*event)`.
     """
 
     times: Tensor
     on_x: Tensor
     on_output: Tensor
     scale: Tensor
+    start_scale: Tensor = field(default_factory=lambda: torch.ones(()))
 
 
 @runtime_checkable
@@ -350,7 +418,20 @@ class Method:
                 return Support(
                     False, f"it needs {capability.__name__} programs ({wanted[0].lower()}{wanted[1:]})"
                 )
-        return Support(True)
+        return (
+            _process_support(program)
+            if any(issubclass(need, Diffusion) for need in self.needs)
+            else Support(True)
+        )
+
+
+def _process_support(program: Any) -> Support:
+    """A program may have a process for some of its settings only: then `process()` says why not for these."""
+    try:
+        program.process()
+    except UnsupportedError as error:
+        return Support(False, str(error))
+    return Support(True)
 
 
 class Engine(Method):
@@ -513,6 +594,8 @@ class Estimate:
         terms: the split into terms, where the estimator has one.
         diagnostics: the estimator's own per-datum diagnostics, each `(n,)`.
         cost: what was paid.
+        solver_error: what a solver may be off by, nats, `(n,)`; None where none is involved.
+        convention: what exactly the value is the log density of, in words.
 
     >>> e = Estimate(torch.tensor([-1.0, -3.0]), torch.zeros(2), "exact", event_size=2)
     >>> print(e)
@@ -529,6 +612,8 @@ class Estimate:
     terms: Terms | None = None
     diagnostics: Mapping[str, Tensor] = field(default_factory=dict)
     cost: Cost = Cost()
+    solver_error: Tensor | None = None
+    convention: str = ""
 
     @property
     def mean(self) -> float:
@@ -560,9 +645,13 @@ class Estimate:
         sign = {"lower bound": ">=", "unnormalised": "+ const ="}.get(self.kind, ":")
         text = (
             f"log p(x){'' if sign == ':' else ' '}{sign} {self.mean:.5g} +- {self.mean_error:.2g} nats a datum "
-            f"({self.value.numel()} data; {self.kind}; Monte Carlo error {self.monte_carlo_error:.2g})"
+            f"({self.value.numel()} data; {self.kind}; Monte Carlo error {self.monte_carlo_error:.2g}"
         )
+        if self.solver_error is not None:
+            text += f"; solver error {self.solver_error.double().mean():.2g}"
+        text += ")"
         if self.levels is not None:
             bits, error = self.bits_per_dim()
             text += f"\n{bits:.4f} +- {error:.4f} bits/dim ({self.levels} levels, uniform dequantisation to [-1, 1])"
+        text += f"\nConvention: {self.convention}" if self.convention else ""
         return text if self.trusted else f"{text}\nDo not trust it: {self.reason}"

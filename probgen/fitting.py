@@ -32,7 +32,8 @@ class Optim:
         schedule: "constant", or "cosine" from lr down to 0 over the run.
         warmup: steps over which lr first rises from 0, >= 0.
         betas: decays of Adam's averages of the gradient and of its square, each in [0, 1).
-        clip_norm: largest gradient norm, or None.
+        clip_norm: largest norm of the gradient, or None; in the unit of the objective, which is nats a row for bounds:
+            hundreds for images.
         ema_decay: decay of the exponential moving average of the weights in [0, 1), or None; the average is what
             is left in the program.
     """

@@ -1,7 +1,8 @@
 """Small networks, each replaceable by any `nn.Module` of the same signature.
 
-A denoiser is called `net(x, t)` with t in [0, 1] of shape (batch,), or (1,) for one time for all; its output
-layer starts at zero. None holds running statistics: an output depends on its own row alone.
+A denoiser is called `net(x, t)` with t in [0, 1] of shape (batch,), or `net(x, t, c)` with a condition; those that say
+`takes_one_time` may be given a t of shape (1,) for all rows, which saves embedding it once a row. Its output layer
+starts at zero. None holds running statistics: an output depends on its own row alone.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, softplus
 
+from probgen.conditioning import Condition
 from probgen.core import InputError, check_count
 
 Activation = Callable[[], nn.Module]
@@ -150,13 +152,15 @@ class TimeMLP(nn.Module):
         event_shape: shape of one datum and of one output.
         width: width of the residual stream, > 0.
         num_blocks: number of residual blocks, > 0.
+        condition: what c is, `Labels(num_classes)` or `Vector(shape)`, for net(x, t, c), its features added to those
+            of time; None for net(x, t).
 
     Returns:
         For x of shape (batch, *event_shape) and t in [0, 1] of shape (batch,) or (1,), a tensor shaped as x;
-        zero before training.
+        zero before training. c None is missing in every row.
 
     Raises:
-        InputError: a size <= 0, or x or t of another shape.
+        InputError: a size <= 0, x or t of another shape, or a c where there is no condition.
 
     Source: He 2016 (arXiv 1603.05027), the blocks; Ho 2020 (arXiv 2006.11239), time added inside each.
 
@@ -164,19 +168,28 @@ class TimeMLP(nn.Module):
     0.0
     """
 
-    def __init__(self, event_shape: Sequence[int], width: int = 256, num_blocks: int = 3) -> None:
+    takes_one_time: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        width: int = 256,
+        num_blocks: int = 3,
+        condition: Condition | None = None,
+    ) -> None:
         super().__init__()
         _check_counts("TimeMLP's (width, num_blocks)", (width, num_blocks))
-        self.event_shape = tuple(event_shape)
+        self.event_shape, self.condition = tuple(event_shape), condition
         size = math.prod(self.event_shape)
         self.embed_time = TimeEmbedding(width)
         self.embed = nn.Linear(size, width)
         self.blocks = nn.ModuleList(_ResidualMLP(width) for _ in range(num_blocks))
         self.out = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), zeroed(nn.Linear(width, size)))
+        self.embed_condition = None if condition is None else condition.embedding(width)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Tensor:
         flat, _ = _flatten(x, self.event_shape)
-        h, time = self.embed(flat), self.embed_time(t)
+        h, time = self.embed(flat), _features(self, x, t, c)
         for block in self.blocks:
             h = block(h, time)
         out: Tensor = self.out(h)
@@ -194,13 +207,15 @@ class UNet(nn.Module):
         event_shape: (channels, height, width) of one image and of one output.
         widths: channels at each level, from full resolution to the coarsest.
         num_blocks: residual blocks at each level and in each direction, > 0.
+        condition: as for `TimeMLP`.
 
     Returns:
         For x of shape (batch, channels, height, width) and t in [0, 1] of shape (batch,) or (1,), a tensor
-        shaped as x; zero before training.
+        shaped as x; zero before training. c None is missing in every row.
 
     Raises:
-        InputError: an event shape that is no image, no widths, a size <= 0, or x or t of another shape.
+        InputError: an event shape that is no image, no widths, a size <= 0, x or t of another shape, or a c where there
+            is no condition.
 
     Source: Ronneberger 2015 (arXiv 1505.04597); Dhariwal and Nichol 2021 (arXiv 2105.05233), section 3.
 
@@ -208,14 +223,20 @@ class UNet(nn.Module):
     torch.Size([5, 1, 7, 9])
     """
 
+    takes_one_time: ClassVar[bool] = True
+
     def __init__(
-        self, event_shape: Sequence[int], widths: Sequence[int] = (32, 64), num_blocks: int = 1
+        self,
+        event_shape: Sequence[int],
+        widths: Sequence[int] = (32, 64),
+        num_blocks: int = 1,
+        condition: Condition | None = None,
     ) -> None:
         super().__init__()
         _check_image("UNet", event_shape)
         check_count("UNet's number of widths", len(widths))
         _check_counts("UNet's (*widths, num_blocks)", (*widths, num_blocks))
-        self.event_shape = tuple(event_shape)
+        self.event_shape, self.condition = tuple(event_shape), condition
         channels, time_width = event_shape[0], 4 * widths[0]
         self.embed_time = TimeEmbedding(time_width)
         self.embed = nn.Conv2d(channels, widths[0], 3, padding=1)
@@ -226,10 +247,11 @@ class UNet(nn.Module):
         self.out = nn.Sequential(
             _group_norm(widths[0]), nn.SiLU(), zeroed(nn.Conv2d(widths[0], channels, 3, padding=1))
         )
+        self.embed_condition = None if condition is None else condition.embedding(time_width)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Tensor:
         _check_event(x, self.event_shape)
-        time = self.embed_time(t)
+        time = _features(self, x, t, c)
         h, skips = self.embed(x), []
         for level, shrink in zip(self.down, self.shrink, strict=False):
             skips.append(level(h, time))
@@ -347,6 +369,19 @@ class _Level(nn.Module):
         for block in self.blocks:
             h = block(h, time)
         return h
+
+
+def _features(net: TimeMLP | UNet, x: Tensor, t: Tensor, c: Tensor | None) -> Tensor:
+    """Features of the time and, where the network has one, of the condition: `(batch, width)` or `(1, width)`."""
+    time: Tensor = net.embed_time(t)
+    if net.embed_condition is not None and net.condition is not None:
+        return time + net.embed_condition(net.condition.missing(1, x) if c is None else c)
+    if c is not None:
+        raise InputError(
+            f"A {type(net).__name__} without a condition was given one; build it with condition=Labels(num_classes) or "
+            "condition=Vector(shape)."
+        )
+    return time
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:

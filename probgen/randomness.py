@@ -9,18 +9,20 @@ from __future__ import annotations
 import contextlib
 import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from probgen.core import InputError
+from probgen.core import InputError, check_count
 
 _WORDS_PER_BLOCK = 4  # one Philox counter step yields four 64-bit words, each word two normals
 # Between two calls of a network the processor forgets this code: noise of several steps costs little more than of one.
 _KEYS_AHEAD, _NORMALS_AHEAD = 16, 2**17
+_MAX_LEVEL, _SLACK = 40, 1e-3  # halvings of a Brownian path; how far rounding may take a time, in steps
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Noise:
         shape: shape of the noise of one draw.
         dtype, device: of what is returned; the numbers agree across dtypes up to rounding.
         first: index of the first draw.
+        rows: independent rows of `shape` that each draw owns, as where a program is asked at several conditions.
 
     >>> full = Noise(seed=0, num_chains=1, num_draws=8, shape=(3,))(key=5)
     >>> part = Noise(seed=0, num_chains=1, num_draws=2, shape=(3,), first=4)(key=5)
@@ -47,12 +50,18 @@ class Noise:
     dtype: torch.dtype = torch.float32
     device: torch.device | str = "cpu"
     first: int = 0
+    rows: int = 1
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of what a call returns: chain by chain, draw by draw."""
+        return self.num_chains * self.num_draws * self.rows
+
     def __call__(self, key: int) -> Tensor:
-        """N(0, I) of shape `(num_chains * num_draws, *shape)` for an integer key in [0, 2^64)."""
+        """N(0, I) of shape `(num_rows, *shape)` for an integer key in [0, 2^64)."""
         return self._block([key])[0]
 
     def each(self, keys: Sequence[int]) -> Iterator[Tensor]:
@@ -68,11 +77,11 @@ class Noise:
     @property
     def keys_ahead(self) -> int:
         """How many keys are worked out at a time: fewer where the noise of one is large."""
-        size = self.num_chains * self.num_draws * math.prod(self.shape)
+        size = self.num_rows * math.prod(self.shape)
         return max(1, min(_KEYS_AHEAD, _NORMALS_AHEAD // size))
 
     def _block(self, keys: Sequence[int]) -> tuple[Tensor, ...]:
-        size = math.prod(self.shape)
+        size = self.rows * math.prod(self.shape)
         blocks = -(-size // (2 * _WORDS_PER_BLOCK))
         count = self.num_draws * blocks * _WORDS_PER_BLOCK
         words = np.concatenate(
@@ -82,9 +91,9 @@ class Noise:
                 for chain in range(self.num_chains)
             ]
         )
-        rows = self.num_chains * self.num_draws
-        normals = _box_muller(words.reshape(len(keys) * rows, -1), self.dtype)[:, :size]
-        return normals.reshape(len(keys), rows, *self.shape).to(self.device).unbind()
+        draws = len(keys) * self.num_chains * self.num_draws
+        normals = _box_muller(words.reshape(draws, -1), self.dtype)[:, :size]
+        return normals.reshape(len(keys), self.num_rows, *self.shape).to(self.device).unbind()
 
     def _generator(self, key: int, chain: int, block: int) -> np.random.Philox:
         # As a plain list, NumPy would round a seed below 2^63 and a key above it to floats.
@@ -111,16 +120,18 @@ class BrownianSteps:
     which is wrong, so they are refused.
 
     Args:
-        noise: where z comes from; rows are flattened to `(rows, size)`.
+        noise: where z comes from.
+        end: the time at which the last step ends; no noise is worked out for steps beyond it.
     """
 
-    def __init__(self, noise: Noise) -> None:
-        self.noise = noise
+    def __init__(self, noise: Noise, end: float = math.inf) -> None:
+        self.noise, self.end = noise, end
         self._last = (-math.inf, -math.inf)
-        self._ahead: dict[int, Tensor] = {}
+        self._increments: dict[int, Tensor] = {}
+        self._bulges: dict[int, Tensor] = {}
 
     def increment(self, a: float, b: float) -> Tensor:
-        """W(b) - W(a), shape `(rows, size)`, kept for the next time it is asked for: not to be written into."""
+        """W(b) - W(a), `(rows, *shape)`, kept for the next time it is asked for: not to be written into."""
         if (a, b) != self._last and a < self._last[1]:
             raise InputError(
                 f"Brownian step {a}..{b} overlaps {self._last[0]}..{self._last[1]}: only disjoint, increasing steps "
@@ -128,18 +139,135 @@ class BrownianSteps:
             )
         self._last = (a, b)
         key = time_key(a, b)
-        if key not in self._ahead:
-            self._look_ahead(a, b)
-        return self._ahead[key]
+        if key not in self._increments:
+            self._increments = self._look_ahead(a, b, time_key, math.sqrt(b - a))
+        return self._increments[key]
 
-    def _look_ahead(self, a: float, b: float) -> None:
-        """Work out this step and those that follow if steps stay as long as it is."""
+    def increment_and_area(self, a: float, b: float) -> tuple[Tensor, Tensor]:
+        """W(b) - W(a) and its space-time area, the integral of W(s) - W(a) over s in [a, b], with their joint law.
+
+        The area is (b - a) ((W(b) - W(a))/2 + H) with H ~ N(0, (b - a)/12) independent of the increment (Foster, Lyons
+        & Oberhauser 2020, arXiv 1904.06998); H is keyed by the step turned round.
+        """
+        increment, key = self.increment(a, b), time_key(b, a)
+        if key not in self._bulges:
+            self._bulges = self._look_ahead(a, b, lambda a, b: time_key(b, a), math.sqrt((b - a) / 12))
+        return increment, (b - a) * (0.5 * increment + self._bulges[key])
+
+    def _look_ahead(
+        self, a: float, b: float, key_of: Callable[[float, float], int], scale: float
+    ) -> dict[int, Tensor]:
+        """Scaled noise of this step and of those that follow if steps stay as long as it is."""
         step = b - a
-        keys = [time_key(a + i * step, b + i * step) for i in range(self.noise.keys_ahead)]
-        self._ahead = {
-            key: z.flatten(1).mul_(math.sqrt(step))
-            for key, z in zip(keys, self.noise.each(keys), strict=True)
-        }
+        count = max(1, int(min(self.noise.keys_ahead, (self.end - a) / step + 0.5)))
+        keys = [key_of(a + i * step, b + i * step) for i in range(count)]
+        noises = self.noise.each(keys)
+        return {key: z if scale == 1 else z.mul_(scale) for key, z in zip(keys, noises, strict=True)}
+
+
+class BrownianPath:
+    """One Brownian motion on [start, end] that can be asked for at any halving of its steps: always the same path.
+
+    A step of length h knows its increment W ~ N(0, h) and its bulge H ~ N(0, h/12), the average distance of the path
+    from its chord. Given both, its halves have the increments W/2 +- (3/2 H + Z) and the bulges H/4 - Z/2 +- N/2 with
+    fresh Z ~ N(0, h/16) and N ~ N(0, h/12), keyed by (level, index): nothing is stored but the way down from the top.
+
+    Args:
+        noise: where Z and N come from.
+        start, end: the ends, start < end.
+        num_steps: number of equal steps at level 0, >= 1; level l has num_steps 2^l.
+
+    Raises:
+        InputError: a step that is no such step.
+
+    Source: Levy (1948); with the area Foster, Lyons & Oberhauser (2020), arXiv 1904.06998.
+
+    >>> path = BrownianPath(Noise(seed=0, num_chains=1, num_draws=2, shape=(3,), dtype=torch.float64))
+    >>> halves = path.increment(0.0, 0.5) + path.increment(0.5, 1.0)
+    >>> torch.allclose(path.increment(0.0, 1.0), halves)
+    True
+    """
+
+    def __init__(self, noise: Noise, start: float = 0.0, end: float = 1.0, num_steps: int = 1) -> None:
+        check_count("num_steps", num_steps)
+        if not start < end:
+            raise InputError(f"A Brownian path needs start < end, got {start!r} and {end!r}.")
+        self.noise, self.start, self.end, self.num_steps = noise, start, end, num_steps
+        self._halves: dict[int, tuple[int, tuple[_Step, _Step]]] = {}
+
+    def increment(self, a: float, b: float) -> Tensor:
+        """W(b) - W(a), `(rows, *shape)`, of a step of any level: not to be written into."""
+        return self._step(*self._place(a, b)).increment
+
+    def increment_and_area(self, a: float, b: float) -> tuple[Tensor, Tensor]:
+        """W(b) - W(a) and the integral of W(s) - W(a) over s in [a, b], of a step of any level."""
+        increment, bulge = self._step(*self._place(a, b))
+        return increment, (b - a) * (0.5 * increment + bulge)
+
+    def value(self, t: float) -> Tensor:
+        """W(t) - W(start) at an end of a step of any level."""
+        total = torch.zeros((), dtype=self.noise.dtype, device=self.noise.device)
+        level, index, left = 0, 0, (t - self.start) / (self.end - self.start) * self.num_steps
+        while left > _SLACK:
+            if level > _MAX_LEVEL:
+                raise InputError(f"t = {t!r} is the end of no step of this path: {self._steps()}.")
+            if left > 1 - _SLACK:
+                total, index, left = total + self._step(level, index).increment, index + 1, left - 1
+            else:
+                level, index, left = level + 1, 2 * index, 2 * left
+        return total.expand(self.noise.num_rows, *self.noise.shape)
+
+    def _steps(self) -> str:
+        return (
+            f"they are {self.num_steps} 2^l equal parts of [{self.start:g}, {self.end:g}], l <= {_MAX_LEVEL}"
+        )
+
+    def _place(self, a: float, b: float) -> tuple[int, int]:
+        """Level and index of a step."""
+        top = self._length(0)
+        level = round(math.log2(top / (b - a))) if self.start - top < a < b < self.end + top else -1
+        if 0 <= level <= _MAX_LEVEL:
+            step = self._length(level)
+            index = round((a - self.start) / step)
+            ends = (self.start + index * step, self.start + (index + 1) * step)
+            fits = max(abs(a - ends[0]), abs(b - ends[1])) < _SLACK * step
+            if fits and 0 <= index < self.num_steps * 2**level:
+                return level, index
+        raise InputError(f"{a!r}..{b!r} is no step of this path: {self._steps()}.")
+
+    def _step(self, level: int, index: int) -> _Step:
+        if level == 0:
+            return self._top(index)
+        parent = index // 2
+        if level not in self._halves or self._halves[level][0] != parent:
+            self._halves[level] = parent, self._split(self._step(level - 1, parent), level, parent)
+        return self._halves[level][1][index % 2]
+
+    def _top(self, index: int) -> _Step:
+        h, (first, second) = self._length(0), self._normals(0, index)
+        return _Step(first * math.sqrt(h), second * math.sqrt(h / 12))
+
+    def _split(self, whole: _Step, level: int, parent: int) -> tuple[_Step, _Step]:
+        h, (first, second) = self._length(level - 1), self._normals(level, parent)
+        z, n = first * math.sqrt(h / 16), second * math.sqrt(h / 12)
+        apart, middle = 1.5 * whole.bulge + z, 0.25 * whole.bulge - 0.5 * z
+        half = 0.5 * whole.increment
+        return _Step(half + apart, middle + 0.5 * n), _Step(half - apart, middle - 0.5 * n)
+
+    def _length(self, level: int) -> float:
+        return (self.end - self.start) / self.num_steps / 2.0**level
+
+    def _normals(self, level: int, index: int) -> tuple[Tensor, Tensor]:
+        keys = (time_key(-1.0 - level, 2.0 * index + i) for i in (0, 1))
+        first, second = (self.noise(key) for key in keys)
+        return first, second
+
+
+class _Step(NamedTuple):
+    """W(b) - W(a) and the average of W over [a, b] above its chord."""
+
+    increment: Tensor
+    bulge: Tensor
 
 
 def time_key(a: float, b: float = 0.0) -> int:

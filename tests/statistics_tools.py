@@ -140,9 +140,9 @@ def halved(unit_noises: Iterable[Tensor]) -> Tensor:
 class StepsOfTwo(BrownianSteps):
     """Unit steps on a clock that runs half as fast: each is the sum of two steps of the fine clock."""
 
-    def __init__(self, noise: Noise) -> None:
-        super().__init__(noise)
-        self._fine = BrownianSteps(noise)
+    def __init__(self, noise: Noise, end: float = math.inf) -> None:
+        super().__init__(noise, end)
+        self._fine = BrownianSteps(noise, 2 * end)
 
     def increment(self, a: float, b: float) -> Tensor:
         return halved(self._fine.increment(u, u + (b - a)) for u in (2 * a, a + b))

@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import sampling
 from benchmarks.timing import Stamps, interleaved
 from benchmarks.training import hand_written_ddpm, hand_written_vae
 from probgen import DDPM, ELBO, VAE, VP, TimeMLP
 from probgen.core import Batch
 
 ROOT = Path(__file__).parent.parent
-ENGINES = ("ancestral", "reverse_sde", "probability_flow_ode")
 KEYS = {
     "training": {"ours/conv_ddpm", "ours/mlp_ddpm", "ours/vae", "ours/vae_digits"},
-    "sampling": {f"ours/{net}/{engine}" for net in ("unet", "mlp") for engine in ENGINES},
+    "sampling": {f"ours/{net}/{engine}" for net in ("unet", "mlp") for engine in sampling.ENGINES}
+    | {f"ours/{net}_compiled/{engine}" for net in ("unet", "conv") for engine in sampling.COMPILED},
 }
 
 

@@ -29,8 +29,10 @@ PROGRAMS = examples("models")
 
 
 def condition(program: Any, rows: int) -> Tensor | None:
-    """A condition for programs that need one."""
-    size = getattr(program, "condition_dim", None)
+    """A condition for programs that take one: by its kind, or of `condition_dim` numbers."""
+    kind, size = getattr(program, "condition", None), getattr(program, "condition_dim", None)
+    if kind is not None:
+        return kind.draw(rows)
     return None if size is None else torch.randn(rows, size)
 
 

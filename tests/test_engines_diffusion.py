@@ -19,19 +19,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import islice
 from typing import Any
 
 import pytest
 import torch
-import torchdiffeq
-import torchsde
 from torch import Tensor, nn
 
 from probgen import DDPM, VP, Ancestral, Batch, ProbabilityFlowODE, ReverseSDE, infer
-from probgen.dynamics import AffineDenoiser, ReverseField
+from probgen.dynamics import ClockedField, Velocity, family_field, steppers, torch_sde
 from probgen.inference import ancestral, probability_flow_ode, reverse_sde
 from probgen.models.gaussian_mixture import GaussianMixture
-from probgen.processes import Grid, over_event
+from probgen.processes import Power, Schedule, over_event
 from probgen.randomness import BrownianSteps, forked_rng
 from statistics_tools import (
     ALLOWED_Z,
@@ -118,8 +117,8 @@ class Setting:
         if self.engine == "Ancestral":
             return Ancestral(batch_size=BATCH)
         if self.engine == "ReverseSDE":
-            return ReverseSDE(self.steps, self.power, batch_size=BATCH)
-        return ProbabilityFlowODE(self.steps, self.method, self.power, batch_size=BATCH)
+            return ReverseSDE(self.steps, Power(self.power), batch_size=BATCH)
+        return ProbabilityFlowODE(self.steps, self.method, Power(self.power), batch_size=BATCH)
 
     def draw(self, program: Any, seed: int = 0) -> Tensor:
         return infer(program, self.build(), num_draws=NUM_DRAWS, seed=seed).flat("x")
@@ -218,14 +217,14 @@ def test_draws_meet_the_exact_moments(setting):
 @pytest.mark.parametrize("setting", FINE, ids=str)
 def test_discretisation_stays_within_its_bound(setting, monkeypatch):
     """At twice the step on the same noise; for a scheme of first order the difference is the bias at the finer step."""
-    run_chain = ancestral.run_chain
+    fine, run_chain = fine_summary(setting), ancestral.run_chain  # drawn before the noise is exchanged
     monkeypatch.setattr(
-        ancestral, "run_chain", lambda p, noise, *rest: run_chain(p, NoiseOfTwo(**vars(noise)), *rest)
+        ancestral, "run_chain", lambda chain, net, noise: run_chain(chain, net, NoiseOfTwo(**vars(noise)))
     )
     monkeypatch.setattr(reverse_sde, "BrownianSteps", StepsOfTwo)
     coarser = replace(setting, steps=setting.steps // 2)
     found = summary_of(setting.dim, coarser.draw(coarser.program(fresh_mixture(setting.dim))))
-    bias, name = largest_bias(found, fine_summary(setting), exact_law(setting.dim))
+    bias, name = largest_bias(found, fine, exact_law(setting.dim))
     assert bias < setting.bound, name
 
 
@@ -265,6 +264,9 @@ class SquareForgotten(VP):
     def diffusion2(self, t: Tensor) -> Tensor:
         return VP().diffusion2(t).sqrt()
 
+    def variance_rate(self, t: Tensor) -> Tensor:
+        return self.diffusion2(t) + 2 * self.drift(t) * self.sigma(t).square()
+
 
 def g_for_g2(patch: pytest.MonkeyPatch, setting: Setting, mixture: GaussianMixture) -> Any:
     patch.setattr(mixture, "_process", SquareForgotten())
@@ -286,25 +288,25 @@ def variance_for_scale(patch: pytest.MonkeyPatch, setting: Setting, mixture: Gau
 def half_forgotten(patch: pytest.MonkeyPatch, setting: Setting, mixture: GaussianMixture) -> Any:
     """The ODE with the drift of the SDE: f x - g^2 score."""
 
-    def field_of_the_sde(
-        denoiser: AffineDenoiser, grid: Grid, steps: int, stochasticity: float
-    ) -> ReverseField:
-        return ReverseField(denoiser, grid, steps, stochasticity=1.0)
+    def field_of_the_sde(velocity: Velocity, schedule: Schedule, steps: int) -> ClockedField:
+        return family_field(velocity.denoiser, schedule, steps, velocity.process.diffusion2)
 
-    patch.setattr(probability_flow_ode, "ReverseField", field_of_the_sde)
+    patch.setattr(probability_flow_ode, "flow_field", field_of_the_sde)
     return setting.program(mixture)
 
 
 def half_too_many(patch: pytest.MonkeyPatch, setting: Setting, mixture: GaussianMixture) -> Any:
     """The SDE with the drift of the ODE: f x - 1/2 g^2 score."""
-    drift = ReverseField._drift
 
-    def halved_drift(field: ReverseField, x: Tensor, t: Tensor, on_x: float, on_output: float) -> Tensor:
-        progress = (1 - t.double()) / (1 - field.grid.t_min)
-        f = field.grid.speed(progress) / field.num_steps * VP().drift(t)
-        return drift(field, x, t, (on_x + f.item()) / 2, on_output / 2)
+    def of_the_ode(
+        denoiser: Any, schedule: Schedule, steps: int, noise2: Callable[[Tensor], Tensor]
+    ) -> ClockedField:
+        field = family_field(denoiser, schedule, steps, noise2)
+        flow = family_field(denoiser, schedule, steps, torch.zeros_like)
+        patch.setattr(field, "drift_at", lambda t: (*flow.drift_at(t)[:2], noise2(t)))
+        return field
 
-    patch.setattr(ReverseField, "_drift", halved_drift)
+    patch.setattr(reverse_sde, "family_field", of_the_ode)
     return setting.program(mixture)
 
 
@@ -325,10 +327,15 @@ def noise_too_small(patch: pytest.MonkeyPatch, setting: Setting, mixture: Gaussi
 
 def one_step_short(patch: pytest.MonkeyPatch, setting: Setting, mixture: GaussianMixture) -> Any:
     """n - 1 of n steps, the last left out."""
-    sdeint, odeint = torchsde.sdeint, torchdiffeq.odeint
-    short = torch.tensor([0.0, setting.steps - 1.0], dtype=torch.float64)
-    patch.setattr(torchsde, "sdeint", lambda sde, y, _, **options: sdeint(sde, y, short, **options))
-    patch.setattr(torchdiffeq, "odeint", lambda f, y, _, **options: odeint(f, y, short, **options))
+    one_step, states = steppers._step, torch_sde.sde_states
+    patch.setattr(
+        steppers,
+        "_step",
+        lambda f, tableau, k, x: x if k == f.num_steps - 1 else one_step(f, tableau, k, x),
+    )
+    patch.setattr(
+        torch_sde, "sde_states", lambda field, *rest: islice(states(field, *rest), field.num_steps - 1)
+    )
     program = setting.program(mixture)
     if setting.engine != "Ancestral":
         return program
@@ -341,12 +348,12 @@ def asked(shift: int) -> Mutant:
     """The network is asked at the time of the step after (+1) or before (-1) its own."""
 
     def mutant(patch: pytest.MonkeyPatch, setting: Setting, mixture: GaussianMixture) -> Any:
-        at, steps = ReverseField.at, setting.steps
+        at, steps = ClockedField.at, setting.steps
 
-        def shifted(field: ReverseField, u: float, x: Tensor) -> tuple[Any, ...]:
-            return at(field, min(max(u + shift, 0.0), float(steps)), x)[:1] + at(field, u, x)[1:]
+        def shifted(field: ClockedField, u: float, x: Tensor) -> tuple[Any, ...]:
+            return at(field, u, x)._replace(t=at(field, min(max(u + shift, 0.0), float(steps)), x).t)
 
-        patch.setattr(ReverseField, "at", shifted)
+        patch.setattr(ClockedField, "at", shifted)
         program = setting.program(mixture)
         if setting.engine != "Ancestral":
             return program
@@ -357,8 +364,8 @@ def asked(shift: int) -> Mutant:
 
 def wrong_row(patch: pytest.MonkeyPatch, setting: Setting, mixture: GaussianMixture) -> Any:
     """The coefficients of the next step with the network's right time."""
-    at, last = ReverseField.at, float(setting.steps)
-    patch.setattr(ReverseField, "at", lambda f, u, x: at(f, u, x)[:1] + at(f, min(u + 1, last), x)[1:])
+    at, last = ClockedField.at, float(setting.steps)
+    patch.setattr(ClockedField, "at", lambda f, u, x: at(f, min(u + 1, last), x)._replace(t=at(f, u, x).t))
     program = setting.program(mixture)
     if setting.engine != "Ancestral":
         return program

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from probgen.conditioning import Labels, Vector
 from probgen.core import InputError
 from probgen.nets import MLP, Classifier, GaussianMLP, TimeEmbedding, TimeMLP, UNet
 
@@ -160,3 +161,54 @@ def test_misuse_is_told_in_words(call, told):
     with pytest.raises(InputError) as error:
         call()
     assert told in str(error.value)
+
+
+CONDITIONAL = [
+    pytest.param(lambda c: TimeMLP((3,), width=16, condition=c), (3,), id="mlp"),
+    pytest.param(lambda c: UNet((1, 5, 7), widths=(8, 16), condition=c), (1, 5, 7), id="unet"),
+]
+CONDITIONS = [
+    pytest.param(Labels(3), torch.tensor([0, 2, -1, 1, 0]), id="labels"),
+    pytest.param(Vector((2, 2)), torch.arange(20.0, dtype=torch.float64).reshape(5, 2, 2) / 10, id="arrays"),
+]
+
+
+@pytest.mark.parametrize(("build", "event_shape"), CONDITIONAL)
+@pytest.mark.parametrize(("kind", "c"), CONDITIONS)
+def test_rows_depend_on_their_own_condition(build, event_shape, kind, c):
+    net, (x, t) = awake(build(kind)), random_inputs(event_shape)
+    out = net(x, t, c)
+    torch.testing.assert_close(net(x[1:2], t[1:2], c[1:2]), out[1:2])
+    changed = net(x, t, torch.cat([c[:4], c[1:2]]))
+    torch.testing.assert_close(changed[:4], out[:4])
+    assert not torch.allclose(changed[4:], out[4:])
+
+
+@pytest.mark.parametrize(("build", "event_shape"), CONDITIONAL)
+@pytest.mark.parametrize(("kind", "c"), CONDITIONS)
+def test_a_missing_condition_has_features_of_its_own(build, event_shape, kind, c):
+    net, (x, t) = awake(build(kind)), random_inputs(event_shape)
+    missing = kind.missing(len(x), x)
+    torch.testing.assert_close(net(x, t), net(x, t, missing))
+    assert not torch.allclose(net(x, t)[0], net(x, t, c)[0])
+    c = torch.cat((c[:3], missing[:2]))
+    net(x, t, c).square().sum().backward()
+    for parameter in net.parameters():
+        assert parameter.grad is not None
+        assert bool(parameter.grad.isfinite().all())
+        assert bool(parameter.grad.any())
+
+
+@pytest.mark.parametrize(("build", "event_shape"), CONDITIONAL)
+def test_networks_without_a_condition_are_what_they_were(build, event_shape):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        plain = build(None)
+        torch.manual_seed(0)
+        conditional = build(Labels(3))
+    assert not any("condition" in name for name in plain.state_dict())
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, conditional.state_dict()[name])
+    x, t = torch.randn(2, *event_shape), torch.rand(2)
+    with pytest.raises(InputError, match="without a condition"):
+        plain(x, t, torch.zeros(2, dtype=torch.int64))

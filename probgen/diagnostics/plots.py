@@ -72,7 +72,7 @@ def image_grid(
     """
     pixels = _pixels(images, bounds)
     columns = num_columns or math.ceil(math.sqrt(len(pixels)))
-    with _figure(path) as figure:
+    with new_figure(path) as figure:
         _draw_tiles(figure, _tiles(pixels, columns), title)
     return Path(path)
 
@@ -103,7 +103,7 @@ def reconstruction_grid(
     both = _pixels(torch.cat([originals, reconstructions.to(originals)]), bounds)
     above, below = (_tiles(half, min(num_columns, len(half))) for half in np.split(both, 2))
     rows = np.stack([above, below], axis=1).reshape(-1, *above.shape[1:])
-    with _figure(path) as figure:
+    with new_figure(path) as figure:
         axes = _draw_tiles(figure, rows, title)
         height = rows.shape[2]
         axes.set_yticks(
@@ -177,7 +177,7 @@ def plot_terms(terms: Terms, path: File, *, title: str = "Terms of the bound") -
         raise InputError("There are no terms to plot.")
     value, error = _floats(terms.value), _floats(terms.standard_error)
     total = f"{title}: sum {value.sum():.4g} nats a datum"
-    with _figure(path, size=(6.5, 0.9 + 0.32 * len(value) if len(value) <= _FEW_TERMS else 3.6)) as figure:
+    with new_figure(path, size=(6.5, 0.9 + 0.32 * len(value) if len(value) <= _FEW_TERMS else 3.6)) as figure:
         axes = figure.add_subplot()
         axes.set_title(total)
         draw = _draw_bars if len(value) <= _FEW_TERMS else _draw_losses
@@ -241,7 +241,7 @@ def plot_traces(posterior: Posterior, path: File, sites: Collection[str] | None 
     """
     entries = list(islice(_entries(posterior, sites), _MOST_ENTRIES))
     diverging = posterior.stats.get("diverging")
-    with _figure(path, size=(8.5, 0.5 + 1.35 * len(entries))) as figure:
+    with new_figure(path, size=(8.5, 0.5 + 1.35 * len(entries))) as figure:
         axes = figure.subplots(len(entries), 2, squeeze=False, width_ratios=(1, 2.2))
         for (left, right), (name, chains) in zip(axes, entries, strict=True):
             for colour, draws in zip(_colours(chains), chains, strict=True):
@@ -286,7 +286,7 @@ def plot_ranks(
     width = 1.96 * math.sqrt(expected * (1 - 1 / num_bins) * (1 - 1 / posterior.num_chains))
     columns = 2 if len(entries) > 1 else 1
     rows = -(-len(entries) // columns)
-    with _figure(path, size=(4.2 * columns, 0.6 + 1.6 * rows)) as figure:
+    with new_figure(path, size=(4.2 * columns, 0.6 + 1.6 * rows)) as figure:
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
         for panel, (name, chains) in zip(axes, entries, strict=False):
             panel.axhspan(expected - width, expected + width, color="0.88", linewidth=0)
@@ -373,7 +373,7 @@ def plot_history(
     points = {name: (step, value) for name, (step, value) in points.items() if len(value)}
     if not points:
         raise InputError(f"There is no finite value to plot in {list(curves)}.")
-    with _figure(path, size=(6.5, 3.4)) as figure:
+    with new_figure(path, size=(6.5, 3.4)) as figure:
         axes = figure.add_subplot()
         smooth = [
             _draw_curve(axes, step, value, colour, name)
@@ -432,7 +432,7 @@ def example() -> Terms:
 
 
 @contextmanager
-def _figure(path: File, size: tuple[float, float] = (6.5, 4.0)) -> Iterator[Figure]:
+def new_figure(path: File, size: tuple[float, float] = (6.5, 4.0)) -> Iterator[Figure]:
     """A figure of no backend and no global state, in the style of the project, written to path at the end."""
     import matplotlib as mpl
     from matplotlib.figure import Figure

@@ -11,9 +11,10 @@ from typing import Any
 from probgen.core import Estimate
 from probgen.evidence.elbo import ELBOEstimate
 from probgen.evidence.importance import ImportanceWeighted
+from probgen.evidence.ode import ODELikelihood
 from probgen.verbs import evidence
 
-__all__ = ["ELBOEstimate", "ImportanceWeighted"]
+__all__ = ["ELBOEstimate", "ImportanceWeighted", "ODELikelihood"]
 
 
 class _Verb(ModuleType):

@@ -20,6 +20,7 @@ from probgen.core import (
     Target,
     Terms,
     check_count,
+    given,
 )
 
 
@@ -59,7 +60,7 @@ class ELBOEstimate(Estimator):
         """The bound of each row; see `Estimator.estimate`."""
         started = time.perf_counter()
         if isinstance(target.program, Stepwise):
-            terms, calls = self._steps(target.program, target.data["x"])
+            terms, calls = self._steps(target.program, target.data["x"], target.batch.condition)
         else:
             terms, calls = self._sites(target), self.num_particles
         spread = torch.stack(list(terms.values())).sum(0)  # (particle, row)
@@ -77,13 +78,22 @@ class ELBOEstimate(Estimator):
         weights = log_weights(target.model, target.guide, target.args, self.num_particles, vectorises(target))
         return {name: value.double() for name, value in weights.items()}
 
-    def _steps(self, program: Stepwise, x_0: Tensor) -> tuple[dict[str, Tensor], int]:
+    def _steps(
+        self, program: Stepwise, x_0: Tensor, condition: Tensor | None
+    ) -> tuple[dict[str, Tensor], int]:
         """Every step of every row, particles and all, in chunks of `batch_size` rows: the prior first, as drawn."""
         rows, steps = len(x_0), program.steps()
         k = torch.tensor(steps, device=x_0.device).repeat_interleave(rows * self.num_particles)
         row = torch.arange(rows, device=x_0.device).repeat(self.num_particles * len(steps))
         chunks = zip(row.split(self.batch_size), k.split(self.batch_size), strict=True)
-        lost = torch.cat([program.step_term(x_0[some], at).double() for some, at in chunks])
+        lost = torch.cat(
+            [
+                given(program, None if condition is None else condition[some])
+                .step_term(x_0[some], at)
+                .double()
+                for some, at in chunks
+            ]
+        )
         by_step = dict(zip(steps, lost.reshape(len(steps), self.num_particles, rows), strict=True))
         shape = (self.num_particles, rows)
         ends = {name: -value.double().expand(shape) for name, value in program.end_terms(x_0).items()}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -11,9 +12,19 @@ from pyro import poutine
 from torch import Tensor
 
 from probgen.bounds import sample_sites
-from probgen.core import Batch, Chained, Cost, Engine, InputError, Posterior, Target, check_count
-from probgen.dynamics import draws_in_batches
-from probgen.progress import ticker
+from probgen.core import (
+    Batch,
+    Chained,
+    Cost,
+    Engine,
+    InputError,
+    Posterior,
+    ReverseChain,
+    Target,
+    check_count,
+)
+from probgen.dynamics import FlowEngine, chains
+from probgen.dynamics.fields import GaussianInitial, Output
 from probgen.randomness import Noise, forked_rng
 from probgen.targets import dims
 
@@ -59,52 +70,51 @@ class Ancestral(Engine):
         progress: bool = True,
     ) -> Posterior:
         """Draw from the program; see `Engine.run`."""
+        if isinstance(target.program, Chained):
+            steps = len(target.program.reverse_chain().times)
+            drawn = _Chain(steps, batch_size=self.batch_size).run(
+                target, num_draws=num_draws, num_chains=num_chains, seed=seed, progress=progress
+            )
+            return replace(drawn, guarantee=self.guarantee, engine=str(self))
         started = time.perf_counter()
         with torch.no_grad():
-            if isinstance(target.program, Chained):
-                draws, calls = self._chain(target.program, num_draws, num_chains, seed, progress)
-                site_dims: dict[str, tuple[str, ...]] = {}
-            else:
-                draws, calls = _simulate(target, num_draws, num_chains, seed), 0
-                site_dims = dims(target)
-        cost = Cost(network_calls=calls, seconds=time.perf_counter() - started)
-        return Posterior(draws, self.kind, self.guarantee, str(self), cost, dims=site_dims, target=target)
-
-    def _chain(
-        self, program: Chained, num_draws: int, num_chains: int, seed: int, progress: bool
-    ) -> tuple[dict[str, Tensor], int]:
-        steps = len(program.reverse_chain().times)
-        batches = -(-num_draws // (self.batch_size or num_draws))
-        calls = 0
-        with ticker("ancestral", steps * batches, progress) as update:
-
-            def draw(noise: Noise) -> Tensor:
-                nonlocal calls
-                x = run_chain(program, noise, lambda done: update(calls + done))
-                calls += steps
-                return x
-
-            counts = {"seed": seed, "num_chains": num_chains, "num_draws": num_draws}
-            x = draws_in_batches(program, draw, **counts, batch_size=self.batch_size)
-        return {"x": x}, calls
+            draws = _simulate(target, num_draws, num_chains, seed)
+        cost = Cost(seconds=time.perf_counter() - started)
+        return Posterior(draws, self.kind, self.guarantee, str(self), cost, dims=dims(target), target=target)
 
 
-def run_chain(program: Chained, noise: Noise, update: Any = lambda _: None) -> Tensor:
-    """Run a chain from noise to data: `(chain * draw, *event)`."""
-    chain = program.reverse_chain()
-    x = noise(0)
+@dataclass(frozen=True)
+class _ChainField:
+    """The network of a chain with the table of its steps."""
 
-    def rows(factor: Tensor) -> list[Any]:
-        return factor.tolist() if factor.ndim == 1 else list(factor.to(x))
+    output: Output
+    table: ReverseChain
 
-    times = list(chain.times.to(x)[:, None])
-    noises = noise.each(range(1, len(times) + 1))
-    columns = zip(times, rows(chain.on_x), rows(chain.on_output), rows(chain.scale), noises, strict=True)
-    for step, (t, on_x, on_output, scale, z) in enumerate(columns, start=1):
-        output = program.predict(x, t)
-        x = x.mul_(on_x).add_(output * on_output).add_(z.mul_(scale))
-        update(step)
-    return x
+    @staticmethod
+    def of(program: Chained) -> _ChainField:
+        return _ChainField(program.predict, program.reverse_chain())
+
+    def through(self, wrap: Callable[[Output], Output]) -> _ChainField:
+        return replace(self, output=wrap(self.output))
+
+
+@dataclass(frozen=True)
+class _Chain(FlowEngine):
+    """x_{k-1} = A_k x_k + B_k output + S_k z, from the table."""
+
+    steps: int
+    field = _ChainField
+
+    def num_calls(self) -> int:
+        return self.steps
+
+    def draw(self, field: _ChainField, noise: Noise) -> Tensor:
+        return run_chain(field.table, field.output, noise)
+
+
+def run_chain(chain: ReverseChain, output: Output, noise: Noise) -> Tensor:
+    """Run a chain from noise to data: `(noise.num_rows, *event)`."""
+    return chains.run_chain(chain, output, GaussianInitial(chain.start_scale).draw(noise), noise)
 
 
 def _simulate(target: Target, num_draws: int, num_chains: int, seed: int) -> dict[str, Tensor]:

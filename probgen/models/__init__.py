@@ -3,8 +3,13 @@
 from probgen.models.conditional_vae import ConditionalVAE, SemiSupervisedVAE
 from probgen.models.conjugate_gaussian import ConjugateGaussian
 from probgen.models.ddpm import DDPM
+from probgen.models.empirical import Empirical
+from probgen.models.flow_matching import FlowMatching
 from probgen.models.gaussian_chain import GaussianChain
 from probgen.models.gaussian_mixture import GaussianMixture
+from probgen.models.ncsn import NCSN
+from probgen.models.neural_sde import NeuralSDE
+from probgen.models.score_sde import ScoreSDE
 from probgen.models.vae import (
     VAE,
     BernoulliLikelihood,
@@ -17,14 +22,19 @@ from probgen.models.vae import (
 
 __all__ = [
     "DDPM",
+    "NCSN",
     "VAE",
     "BernoulliLikelihood",
     "ConditionalVAE",
     "ConjugateGaussian",
+    "Empirical",
+    "FlowMatching",
     "GaussianChain",
     "GaussianLikelihood",
     "GaussianMixture",
     "MixturePrior",
+    "NeuralSDE",
+    "ScoreSDE",
     "SemiSupervisedVAE",
     "StandardNormalPrior",
     "gaussian_posterior",

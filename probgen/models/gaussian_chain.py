@@ -10,8 +10,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from probgen.chained import LastStep
 from probgen.core import Batch, InputError, check_count, did_you_mean
-from probgen.models.ddpm import LastStep, ReverseVariance
+from probgen.models.ddpm import ReverseVariance
 from probgen.models.gaussian_mixture import GaussianMixture
 from probgen.processes import VP, Process
 
@@ -52,6 +53,7 @@ class GaussianChain(nn.Module):
     paper: ClassVar[str] = "Ho et al. 2020, arXiv 2006.11239"
     offers: ClassVar[str] = "exact density and exact bound of a diffusion chain, and what each loses"
     gives_up: ClassVar[str] = "anything but Gaussian data"
+    takes_one_time: ClassVar[bool] = True  # as a network
     axes: Tensor
     x0_variance: Tensor
     mean_in_axes: Tensor

@@ -42,6 +42,7 @@ class GaussianMixture(nn.Module):
     paper: ClassVar[str] = "Efron 2011, doi 10.1198/jasa.2011.tm11181"
     offers: ClassVar[str] = "exact density, score, denoiser, posterior and draws"
     gives_up: ClassVar[str] = "flexibility: the number of components grows fast with the dimension"
+    takes_one_time: ClassVar[bool] = True  # as a network
     weights: Tensor
     locs: Tensor
     covariances: Tensor

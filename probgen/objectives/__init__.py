@@ -1,7 +1,21 @@
 """Objectives: what fitting minimises, one a file."""
 
+from probgen.objectives.conditional_flow_matching import ConditionalFlowMatching
+from probgen.objectives.denoising_score_matching import DenoisingScoreMatching
 from probgen.objectives.elbo import ELBO
+from probgen.objectives.explicit_score_matching import ExplicitScoreMatching
+from probgen.objectives.implicit_score_matching import ImplicitScoreMatching
 from probgen.objectives.iwae import IWAE
 from probgen.objectives.simple import SimpleLoss
+from probgen.objectives.sliced_score_matching import SlicedScoreMatching
 
-__all__ = ["ELBO", "IWAE", "SimpleLoss"]
+__all__ = [
+    "ELBO",
+    "IWAE",
+    "ConditionalFlowMatching",
+    "DenoisingScoreMatching",
+    "ExplicitScoreMatching",
+    "ImplicitScoreMatching",
+    "SimpleLoss",
+    "SlicedScoreMatching",
+]

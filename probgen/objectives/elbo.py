@@ -11,6 +11,7 @@ from torch import Tensor
 
 from probgen.bounds import NegativeELBO, ScaledLatents
 from probgen.core import Batch, Guided, InputError, Stepwise, UnsupportedError, check_count, describe
+from probgen.noising import strata
 
 MISSING = -1
 
@@ -91,14 +92,10 @@ class ELBO:
 
 
 def stratified_steps(program: Stepwise, batch: Batch) -> tuple[Tensor, Tensor]:
-    """A step for each row, spread evenly over the distribution the program asks for, and 1/its probability.
-
-    Source: Kingma et al. (2021), arXiv 2107.00630, for the low-discrepancy draw.
-    """
+    """A step for each row, spread evenly over the distribution the program asks for, and 1/its probability."""
     x = next(iter(batch.data.values()))
     probabilities = program.step_probabilities()
-    strata = (torch.randperm(batch.size) + torch.rand(batch.size, dtype=torch.float64)) / batch.size
-    index = torch.searchsorted(probabilities.cumsum(0), strata).clamp_max(len(probabilities) - 1)
+    index = torch.searchsorted(probabilities.cumsum(0), strata(batch.size)).clamp_max(len(probabilities) - 1)
     return (index + program.steps().start).to(x.device), (1 / probabilities[index]).to(x)
 
 

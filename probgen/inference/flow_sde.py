@@ -1,0 +1,103 @@
+"""The SDE of a flow: its marginals with as much noise as one likes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from probgen.core import InputError
+from probgen.dynamics import AffineDenoiser, FlowEngine, GaussianInitial, family_field, solve_sde
+from probgen.dynamics.fields import check_steps
+from probgen.dynamics.torch_sde import CALLS_PER_STEP, check_sde_method
+from probgen.processes import Grid, Process, as_grid
+from probgen.randomness import BrownianSteps, Noise
+
+Diffusing = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class FlowSDE(FlowEngine):
+    """Integrates dx = [u - w^2/2 score] dt + w dW from t_max down to t_min, u the velocity; then takes E[x_0 | x].
+
+    The marginals are those of dx = u dt for every w(t) >= 0; noise forgives errors of u. In the time of the noise,
+    dt > 0, the drift is u + w^2/2 score.
+
+    Args:
+        steps: number of solver steps, 1..1,000,000.
+        diffusion: w: a number >= 0, or a function of times `(n,)`, float64 -> `(n,)`, or `(n, *event)` for laws that
+            differ by coordinate, finite and >= 0. None is w^2 = d sigma^2/dt, which is finite at both ends even where
+            g^2 is not: w^2 = 2 t for the straight path, g^2 itself where alpha = 1.
+        method: "euler" (a network call a step), "heun" or "srk" (two).
+        grid: how the steps are spread over time: "uniform", "quadratic", "karras", or a `Grid`.
+        batch_size, compile: as for every `FlowEngine`.
+
+    Raises:
+        InputError: a setting out of range, or a diffusion that is negative or not finite at some time.
+
+    Source: Song et al. (2021), arXiv 2011.13456, appendix D; Ma et al. (2024), arXiv 2401.08740.
+
+    >>> str(FlowSDE(diffusion=0.5))
+    'FlowSDE(diffusion=0.5)'
+    """
+
+    steps: int = 100
+    diffusion: Diffusing | float | None = None
+    method: str = "heun"
+    grid: Grid | str = "quadratic"
+    paper: ClassVar[str] = "Ma et al. 2024, arXiv 2401.08740"
+    offers: ClassVar[str] = (
+        "draws of a flow that forgive errors of its velocity; the noise is yours to choose"
+    )
+    gives_up: ClassVar[str] = "flows whose noise is not Gaussian: they have no score; the density"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_steps("steps", self.steps)
+        check_sde_method(self.method)
+        as_grid(self.grid)
+        if isinstance(self.diffusion, int | float) and not self.diffusion >= 0:
+            raise InputError(f"diffusion must be >= 0, got {self.diffusion!r}.")
+
+    def num_calls(self) -> int:
+        """One or two calls a step and one to finish."""
+        return self.steps * CALLS_PER_STEP[self.method] + 1
+
+    def draw(self, field: AffineDenoiser, noise: Noise) -> Tensor:
+        """One batch; see `FlowEngine.draw`."""
+        process = field.process
+        schedule = as_grid(self.grid).between(process.t_max, process.t_min, process)
+        clocked = family_field(field, schedule, self.steps, lambda t: self._noise2(process, t))
+        x = GaussianInitial(process.terminal_scale()).draw(noise)
+        return field(solve_sde(clocked, x, BrownianSteps(noise, self.steps), self.method), process.t_min)
+
+    def _noise2(self, process: Process, t: Tensor) -> Tensor:
+        """w^2 at times t, of the shape of sigma."""
+        natural = process.variance_rate(t)
+        if self.diffusion is None:
+            return natural
+        w = (
+            torch.as_tensor(self.diffusion(t))
+            if callable(self.diffusion)
+            else torch.full_like(t, self.diffusion)
+        )
+        if w.shape not in (t.shape, natural.shape):
+            raise InputError(
+                f"diffusion must return w of shape {tuple(t.shape)}, one for each time, or {tuple(natural.shape)}; got "
+                f"{tuple(w.shape)}."
+            )
+        bad = ~(torch.isfinite(w) & (w >= 0)).reshape(len(t), -1).all(1)
+        if bool(bad.any()):
+            raise InputError(
+                f"diffusion must be finite and >= 0 at every time; at t = {t[bad][0].item():.4g} it is "
+                f"{w[bad][0].min().item():.4g}."
+            )
+        return w.square().reshape(w.shape + (1,) * (natural.ndim - w.ndim))
+
+
+def example() -> FlowSDE:
+    """A few steps."""
+    return FlowSDE(steps=20)

@@ -1,0 +1,69 @@
+"""Score matching against a score that is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from probgen.core import Batch, Diffusion
+from probgen.noising import admitted, check_level, check_weighting, noised, score_at, training_times
+from probgen.processes import Weighting, over_event
+
+
+@dataclass(frozen=True)
+class ExplicitScoreMatching:
+    """1/2 E lambda(t) |s(x_t, t) - grad log p_t(x_t)|^2, the mean over t uniform and x_t ~ q(x_t | x_0).
+
+    What implicit, sliced and denoising score matching equal up to a constant: for oracles, and for learning a network
+    from another one.
+
+    Args:
+        target: grad log p_t, x_t `(batch, *event)` and t `(batch,)` -> `(batch, *event)`, an oracle's `score`.
+        weighting: lambda, "sigma2" (no unit), "g2" (nats per unit of t) or "uniform" (1 over data squared).
+        t: one noise level in [0, 1] instead of all.
+
+    Raises:
+        InputError: an unknown weighting, a time out of range.
+        UnsupportedError: by `loss`, for programs without a process and a denoiser.
+
+    Source: Hyvärinen (2005), Journal of Machine Learning Research 6, eq. 2.
+
+    >>> from probgen import Batch, GaussianMixture
+    >>> mixture = GaussianMixture.example()
+    >>> ExplicitScoreMatching(mixture.score).loss(mixture, Batch({"x": mixture.locs})).item()
+    0.0
+    """
+
+    target: Callable[[Tensor, Tensor], Tensor]
+    weighting: Weighting = "sigma2"
+    t: float | None = None
+    needs: ClassVar[tuple[type, ...]] = (Diffusion,)
+    paper: ClassVar[str] = "Hyvärinen 2005, JMLR 6"
+    offers: ClassVar[str] = "no noise but that of the data: the objective the others estimate"
+    gives_up: ClassVar[str] = "data alone: the score must be known"
+
+    def __post_init__(self) -> None:
+        check_weighting(self.weighting)
+        check_level(self, self.t)
+
+    def loss(self, program: Any, batch: Batch) -> Tensor:
+        """Half the weighted squared error, summed over coordinates: a differentiable scalar."""
+        program, x_0 = admitted(self, program, batch)
+        process, t = program.process(), training_times(program, len(x_0), self.t)
+        x_t = noised(process, x_0, t)
+        error = score_at(program, t)(x_t) - self.target(x_t, t.to(x_t))
+        weight = over_event(process.weight(t, self.weighting), x_0)
+        return 0.5 * (weight * error.square()).sum() / len(x_0)
+
+
+def standard_normal_score(x_t: Tensor, _: Tensor) -> Tensor:
+    """-x_t: data from N(0, I) stay so under a variance-preserving process."""
+    return -x_t
+
+
+def example() -> ExplicitScoreMatching:
+    """For standard normal data."""
+    return ExplicitScoreMatching(standard_normal_score)
