@@ -17,7 +17,7 @@ _HOME = {
     "fitting": ["History", "Optim", "fit"],
     "targets": ["Pair"],
     "verbs": ["infer"],
-    "processes": ["VP", "CosineVP"],
+    "processes": ["EDM", "OU", "VE", "VP", "CosineVP", "Karras", "OTPath", "Power", "SubVP"],
     "nets": ["MLP", "TimeMLP", "UNet"],
     "data": ["Quantised", "digits"],
     "arviz_io": ["to_arviz"],
@@ -186,8 +186,15 @@ if TYPE_CHECKING:
     from probgen.objectives import ImplicitScoreMatching as ImplicitScoreMatching
     from probgen.objectives import SimpleLoss as SimpleLoss
     from probgen.objectives import SlicedScoreMatching as SlicedScoreMatching
+    from probgen.processes import EDM as EDM
+    from probgen.processes import OU as OU
+    from probgen.processes import VE as VE
     from probgen.processes import VP as VP
     from probgen.processes import CosineVP as CosineVP
+    from probgen.processes import Karras as Karras
+    from probgen.processes import OTPath as OTPath
+    from probgen.processes import Power as Power
+    from probgen.processes import SubVP as SubVP
     from probgen.targets import Pair as Pair
     from probgen.verbs import evidence as evidence
     from probgen.verbs import infer as infer

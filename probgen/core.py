@@ -419,13 +419,13 @@ class Method:
                     False, f"it needs {capability.__name__} programs ({wanted[0].lower()}{wanted[1:]})"
                 )
         return (
-            _process_support(program)
+            process_support(program)
             if any(issubclass(need, Diffusion) for need in self.needs)
             else Support(True)
         )
 
 
-def _process_support(program: Any) -> Support:
+def process_support(program: Any) -> Support:
     """A program may have a process for some of its settings only: then `process()` says why not for these."""
     try:
         program.process()

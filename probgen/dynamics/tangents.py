@@ -107,6 +107,7 @@ class Chain:
         *links, (factor, weight) = self.links
         if len(links) == 1 and len(self.start) == 1 and factor is not None and links[0][0] is not None:
             (first, inner), loop = links[0], weight.mT @ self.start[0]
+            assert first is not None
             trace = (F.linear(first, inner * loop) * factor).sum(1)
         else:
             before = _multiplied(self.start, tuple(links))
@@ -182,7 +183,9 @@ class Dual(Tensor):
         raise NoRule(f"No rule says how directions go through torch's {name!r}.")
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares it as an instance's method
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise NoRule(f"{func} was reached behind PyTorch's Python interface.")
 
 

@@ -13,20 +13,18 @@ from torch import Tensor, nn
 
 from probgen.core import (
     Cost,
-    Diffusion,
     Estimate,
     Estimator,
-    Flow,
     InputError,
     NonFiniteWarning,
     ProbgenError,
     Support,
     Target,
-    UnsupportedError,
     check_count,
     describe,
     did_you_mean,
 )
+from probgen.dynamics import Velocity
 from probgen.dynamics.likelihood import Likelihood, LogDensity, Solved, field_of
 from probgen.dynamics.steppers import check_tolerances, listed
 from probgen.dynamics.trace import bytes_per_row
@@ -94,15 +92,7 @@ class ODELikelihood(Estimator):
 
     def supports(self, program: object) -> Support:
         """Whether the program is a flow or a diffusion."""
-        if isinstance(program, Flow):
-            return Support(True)
-        if not isinstance(program, Diffusion):
-            return Support(False, "it needs a flow (velocity) or a diffusion (process() and denoise(x_t, t))")
-        try:
-            program.process()
-        except UnsupportedError as error:
-            return Support(False, str(error))
-        return Support(True)
+        return Velocity.supports(program)
 
     def estimate(self, target: Target, *, seed: int) -> Estimate:
         """log p of each row; see `Estimator.estimate`."""

@@ -38,7 +38,7 @@ class DPMSolver(FlowEngine):
 
     Args:
         steps: n >= 1.
-        order: 1, 2 or 3 values of x0hat in the polynomial; 1 without corrector is `DDIM`. The full third order needs the
+        order: 1, 2 or 3 values of x0hat in the polynomial; 1 without corrector is `DDIM`. Third order needs the
             corrector: without it the first step, of order 1, leaves an error of second order.
         stochasticity: a >= 0; 0 is the probability-flow ODE, 1 Anderson's SDE (SDE-DPM-Solver++).
         grid: how steps are spread over time: "logsnr", "karras", "quadratic", "uniform" or a `Grid`; the last two are
@@ -49,8 +49,8 @@ class DPMSolver(FlowEngine):
             further call, and a smaller error from about 10 steps on.
         batch_size, compile: as for every `FlowEngine`.
 
-    DPM-Solver++(2M) is `DPMSolver(n, order=2, exponent=0, corrector=False)`. What was best on the digits: the defaults,
-    for 5 calls with `exponent=1 / 2`.
+    DPM-Solver++(2M) is `DPMSolver(n, order=2, exponent=0, corrector=False)` with the integral taken exactly. What was
+    best on the digits: the defaults, for 5 calls with `exponent=1 / 2`.
 
     Source: Lu et al. (2022), arXiv 2211.01095; Zhao et al. (2023), arXiv 2302.04867, for the corrector; Zhang & Chen
     (2022), arXiv 2204.13902, for the choice of the variable; Xue et al. (2023), arXiv 2305.14267, for any a.

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from probgen.core import (
-    Diffusion,
-    Flow,
     InputError,
     Support,
     UnsupportedError,
@@ -95,10 +93,7 @@ class ProbabilityFlowODE(FlowEngine):
 
     def supports(self, program: object) -> Support:
         """Whether the program is a diffusion or a flow."""
-        ok = isinstance(program, Diffusion | Flow)
-        return Support(
-            ok, "" if ok else "it needs a diffusion or a flow: process() and denoise(x_t, t), or velocity"
-        )
+        return Velocity.supports(program)
 
     def num_calls(self) -> int:
         """A call a stage and one to finish, for our fixed-step methods."""

@@ -24,6 +24,7 @@ from probgen import (
     VP,
     Ancestral,
     Batch,
+    DPMSolver,
     ELBOEstimate,
     Estimate,
     Guide,
@@ -66,7 +67,7 @@ class Settings:
 
     Args:
         classifier_steps, vae_steps, ddpm_steps: optimiser steps of the three fits.
-        chain_steps: T of the DDPM, and steps of the reverse SDE.
+        chain_steps: T of the DDPM, and network calls of the reverse SDE.
         ode_steps: steps of the probability-flow ODE, four network calls each.
         num_images: images drawn by each engine; None is half as many as there are real ones, as the floor is taken.
         num_latent_digits: held-out digits whose latents are inferred.
@@ -110,6 +111,7 @@ PICTURES = {
     "ancestral": "DDPM, ancestral sampling",
     "reverse_sde": "DDPM, reverse SDE",
     "probability_flow_ode": "DDPM, probability-flow ODE",
+    "dpm_solver": "DDPM, 20 network calls of DPM-Solver",
     "vae": "VAE, ancestral sampling",
 }
 REMEDIES = {
@@ -255,8 +257,9 @@ def draw_images(record: Record, vae: VAE, ddpm: DDPM, yardstick: Yardstick, sett
     """The same fitted DDPM by three engines, the VAE by one."""
     plan: list[tuple[str, Any, Engine]] = [
         ("ancestral", ddpm, Ancestral()),
-        ("reverse_sde", ddpm, ReverseSDE(steps=settings.chain_steps)),
+        ("reverse_sde", ddpm, ReverseSDE(steps=settings.chain_steps // 2, method="heun", grid="quadratic")),
         ("probability_flow_ode", ddpm, ProbabilityFlowODE(steps=settings.ode_steps)),
+        ("dpm_solver", ddpm, DPMSolver(steps=20)),
         ("vae", vae, Ancestral()),
     ]
     num_images = settings.num_images or yardstick.half_size
