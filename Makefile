@@ -47,9 +47,11 @@ format: setup  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix $(CHECKED)
 	$(BIN)/ruff format $(CHECKED)
 
-benchmark: setup  ## training and sampling against hand-written loops
+benchmark: setup  ## ours against hand-written loops, bare networks and other solvers
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.training
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.sampling
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.likelihood
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.solvers
 
 clean:  ## remove everything these targets made
 	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,8 +1,8 @@
 """MNIST by flow matching: bits/dim with their error, a Fréchet distance in a classifier's features, samples.
 
-    PROBGEN_DATA=../data python examples/mnist.py --steps 4000 --out runs/mnist
+    PROBGEN_DATA=../shared/data OMP_NUM_THREADS=1 python examples/mnist.py --steps 3000 --out runs/mnist
 
-Writes samples.png, nearest.png, history.png and figures.json. What one run gave stands in docs/results.md.
+Writes samples.png and figures.json. What one run gave stands in docs/results.md.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from torch import Tensor
 from probgen import (
     ELBO,
     ConditionalFlowMatching,
+    DPMSolver,
+    Estimate,
     FlowMatching,
     ODELikelihood,
     Optim,
-    ProbabilityFlowODE,
     UNet,
     evidence,
     fit,
@@ -61,16 +62,29 @@ def features(network: Classifier, images: Tensor) -> Tensor:
     return torch.cat([network.features(x) for x in images.split(500)])
 
 
+def frechet(network: Classifier, images: Tensor, held_out: Quantised) -> tuple[float, float]:
+    """Distance of the images from as many held-out ones, and that of the held-out ones from as many others."""
+    real = held_out[torch.randperm(len(held_out))[: 2 * len(images)]]
+    seen = features(network, real)
+    return frechet_distance(features(network, images), seen[: len(seen) // 2]), frechet_floor(seen)
+
+
+def log_likelihood(flow: FlowMatching, held_out: Quantised, num_images: int) -> Estimate:
+    """log p of the first held-out images, dequantised."""
+    estimator = ODELikelihood(trace="hutchinson", num_probes=2, rtol=1e-3, atol=1e-3)
+    return evidence(flow, estimator, held_out[torch.arange(num_images)], levels=held_out.num_levels)
+
+
 def main(
     out: str | Path = "runs/mnist",
     *,
-    steps: int = 4000,
+    steps: int = 3000,
     widths: tuple[int, ...] = (32, 64, 96),
     batch_size: int = 64,
-    classifier_steps: int = 1500,
-    num_images: int = 5000,
-    num_likelihoods: int = 250,
-    folder: str | None = None,
+    classifier_steps: int = 600,
+    num_images: int = 2000,
+    num_likelihoods: int = 64,
+    folder: str | Path | None = None,
 ) -> dict[str, float]:
     """Fit, draw, measure.
 
@@ -85,26 +99,14 @@ def main(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     train, held_out = mnist(folder)
-    started = time.perf_counter()
+    started = time.process_time()
     flow = fit_flow(train, steps, widths, batch_size)
-    fitted = time.perf_counter() - started
+    fitted = time.process_time() - started
     network, accuracy = fit_classifier(train, held_out, classifier_steps)
-
-    draws = infer(flow, ProbabilityFlowODE(steps=25, method="heun", batch_size=250), num_draws=num_images)
-    image_grid(
-        draws.flat("x")[:100], out / "samples.png", title="MNIST by flow matching, 50 network calls a draw"
-    )
-    real = features(network, held_out.all()[torch.randperm(len(held_out))[: 2 * num_images]])
-    floor = frechet_floor(real)
-    distance = frechet_distance(features(network, draws.flat("x")), real[:num_images])
-
-    rows = torch.arange(num_likelihoods)
-    estimate = evidence(
-        flow,
-        ODELikelihood(trace="hutchinson", rtol=1e-4, atol=1e-4),
-        held_out[rows],
-        levels=held_out.num_levels,
-    )
+    draws = infer(flow, DPMSolver(steps=20, batch_size=100), num_draws=num_images).flat("x")
+    image_grid(draws[:100], out / "samples.png", title="MNIST by flow matching, 20 network calls a draw")
+    distance, floor = frechet(network, draws, held_out)
+    estimate = log_likelihood(flow, held_out, num_likelihoods)
     print(estimate)
     bits, error = estimate.bits_per_dim()
     figures = {
@@ -112,8 +114,8 @@ def main(
         "bits_per_dim_error": error,
         "frechet": distance,
         "frechet_floor": floor,
-        "accuracy": accuracy,
-        "fit_minutes": fitted / 60,
+        "classifier_accuracy": accuracy,
+        "fit_cpu_minutes": fitted / 60,
     }
     (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     return figures
@@ -121,7 +123,7 @@ def main(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=4000, help="optimiser steps (%(default)s)")
+    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps (%(default)s)")
     parser.add_argument("--out", default="runs/mnist", help="folder for pictures and figures (%(default)s)")
     options = parser.parse_args()
     print(json.dumps(main(options.out, steps=options.steps), indent=2))

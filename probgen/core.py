@@ -304,10 +304,10 @@ class Calibrated(Protocol):
 
 
 class Objective(Protocol):
-    """What fitting minimises."""
+    """What fitting minimises. Bounds on log p(x) say `unit = "nats"`, and are then shown in bits/dim too."""
 
     def loss(self, program: Any, batch: Batch) -> Tensor:
-        """The loss in nats per row of the full data set, a differentiable scalar."""
+        """The loss per row of the full data set, a differentiable scalar."""
 
 
 # --- targets ----------------------------------------------------------------------------------------------------

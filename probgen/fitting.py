@@ -73,11 +73,12 @@ class History:
     """What happened during a fit.
 
     Args:
-        loss: nats per row at every step.
+        loss: at every step, in the unit of the objective.
         validation: (step, loss on the validation data with the averaged weights).
         seconds: wall time.
         interrupted: Ctrl-C ended the run early; what was learnt so far is in the program.
         num_levels: K integer levels behind the data, or None; event_size: coordinates of one datum.
+        unit: "nats" (a row) for bounds on log p(x), "" for objectives without one.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -86,22 +87,25 @@ class History:
     interrupted: bool = False
     num_levels: int | None = None
     event_size: int = 1
+    unit: str = ""
 
     def bits_per_dim(self, loss: float) -> float:
         """A loss in nats per row as bits/dim of the integer levels behind the data."""
-        if self.num_levels is None:
+        if self.num_levels is None or self.unit != "nats":
             raise InputError(
-                "bits/dim need integer levels behind the data: fit a probgen.data.Quantised data set."
+                "bits/dim need integer levels behind the data and a bound on log p(x): fit a probgen.data.Quantised "
+                "data set by ELBO() or IWAE()."
             )
         return (loss / self.event_size - math.log(2 / self.num_levels)) / math.log(2)
 
     def __str__(self) -> str:
         tail = self.loss[-max(len(self.loss) // 20, 1) :]
         loss = sum(tail) / len(tail) if tail else math.nan
-        bits = f", {self.bits_per_dim(loss):.3f} bits/dim" if self.num_levels is not None else ""
+        unit = f" {self.unit}" if self.unit else ""
+        bits = f", {self.bits_per_dim(loss):.3f} bits/dim" if unit and self.num_levels is not None else ""
         held_out = f"; held out {self.validation[-1][1]:.4g}" if self.validation else ""
         end = "interrupted after" if self.interrupted else "in"
-        return f"{len(self.loss)} steps {end} {self.seconds:.1f} s: loss {loss:.4g} nats{bits}{held_out}"
+        return f"{len(self.loss)} steps {end} {self.seconds:.1f} s: loss {loss:.4g}{unit}{bits}{held_out}"
 
 
 class Rows:
@@ -177,7 +181,7 @@ def fit(
     rows = Rows(data, condition)
     with_condition = validation if isinstance(validation, tuple) else (validation,)
     held_out = None if validation is None else Rows(*with_condition)
-    history = History(num_levels=getattr(data, "num_levels", None))
+    history = History(num_levels=getattr(data, "num_levels", None), unit=getattr(objective, "unit", ""))
     started = time.perf_counter()
     with forked_rng(seed), _training(program):
         run = _Run(program, rows, held_out, objective, optim, num_steps, min(batch_size, rows.total))
@@ -234,7 +238,7 @@ class _Run:
             value = self.step(step, self.rows.batch(index, self.like))
             history.loss.append(value)
             shown = {"loss": value}
-            if history.num_levels is not None:
+            if history.unit == "nats" and history.num_levels is not None:
                 shown["bits/dim"] = history.bits_per_dim(value)
             update(step, **shown)
             if self.held_out is not None and (step % every == 0 or step == self.num_steps):

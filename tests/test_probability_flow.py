@@ -415,7 +415,7 @@ def test_bad_data_are_refused(x, message):
 
 
 def test_programs_without_a_flow_are_refused():
-    with pytest.raises(UnsupportedError, match="needs a diffusion or a flow"):
+    with pytest.raises(UnsupportedError, match="Diffusion programs .* or Flow programs"):
         ProbabilityFlowODE(5).encode(nn.Linear(2, 2), torch.zeros(1, 2))
     with pytest.raises(InputError, match="num"):
         ProbabilityFlowODE(5).interpolate(GaussianData(VP()), torch.zeros(1), torch.ones(1), 1)

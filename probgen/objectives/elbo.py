@@ -34,6 +34,7 @@ class ELBO:
     """
 
     needs: ClassVar[tuple[type, ...]] = (Guided,)
+    unit: ClassVar[str] = "nats"  # a row; a bound on log p(x)
     paper: ClassVar[str] = "Kingma & Welling 2013, arXiv 1312.6114"
     offers: ClassVar[str] = "a bound on log p(x) for any model/guide pair"
     gives_up: ClassVar[str] = "the gap KL(q || p(z | x))"

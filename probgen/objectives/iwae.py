@@ -34,6 +34,7 @@ class IWAE:
 
     num_particles: int = 10
     needs: ClassVar[tuple[type, ...]] = (Guided,)
+    unit: ClassVar[str] = "nats"  # a row; a bound on log p(x)
     paper: ClassVar[str] = "Burda et al. 2015, arXiv 1509.00519"
     offers: ClassVar[str] = "a bound that tightens with the number of particles"
     gives_up: ClassVar[str] = "k decoder calls a row; the guide's gradient fades as k grows"
