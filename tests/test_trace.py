@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 
 import pytest
@@ -187,3 +188,14 @@ def test_bytes_grow_with_what_a_row_keeps() -> None:
     small, large = of(8), of(16)
     assert 3.5 < large / small < 4.5
     assert bytes_per_row(field, x, t) > 1000
+
+
+def test_what_one_evaluation_kept_the_next_does_not_find():
+    """Group norms keep an output of their own; 30 evaluations that each kept theirs would add 200 MB or more."""
+    net, x, t = UNet((1, 28, 28), widths=(16, 16)), torch.randn(16, 1, 28, 28), torch.full((16,), 0.5)
+    probes = torch.randn(16, 2, 1, 28, 28).sign()
+    estimated_divergence(net.requires_grad_(False), x, t, probes)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(30):
+        estimated_divergence(net, x, t, probes)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000  # kilobytes

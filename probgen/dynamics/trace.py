@@ -117,11 +117,12 @@ def _graph(field: Field, x: Tensor, t: Tensor, measured: bool = True) -> tuple[T
     def count(tensor: Tensor) -> Tensor:
         nonlocal kept
         kept += tensor.numel() * tensor.element_size()
-        return tensor
+        return tensor.detach()  # a node that kept its own output as it is would keep itself alive for ever
 
-    at = x if _differentiable(x) else x.detach().requires_grad_()
+    keep = _differentiable(x)
+    at = x if keep else x.detach().requires_grad_()
     with torch.enable_grad():
-        if not measured:
+        if keep or not measured:
             return field(at, t), at, kept
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             return field(at, t), at, kept
