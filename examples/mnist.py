@@ -1,6 +1,6 @@
 """MNIST by flow matching: bits/dim with their error, a Fréchet distance in a classifier's features, samples.
 
-    PROBGEN_DATA=../shared/data OMP_NUM_THREADS=1 python examples/mnist.py --steps 3000 --out runs/mnist
+    PROBGEN_DATA=path/to/data OMP_NUM_THREADS=1 python examples/mnist.py --steps 3000 --out runs/mnist
 
 Writes samples.png and figures.json. What one run gave stands in docs/results.md.
 """
