@@ -369,6 +369,7 @@ class OU(Process):
     alpha = exp(-theta tau), sigma^2 = s^2 (1 - exp(-2 theta tau)) / (2 theta), f = -theta tau_max, g^2 = s^2 tau_max.
 
     Args:
+        t_min: as for `Process`; early, for noise comes fast: sigma(1e-3) would already be 0.1 by default.
         theta: rate of reversion, > 0; s: diffusion, > 0; tau_max: length of the process, > 0.
 
     Source: Uhlenbeck & Ornstein (1930), Physical Review 36; as noising law Song et al. (2021), arXiv 2011.13456.
@@ -377,6 +378,7 @@ class OU(Process):
     True
     """
 
+    t_min: float = 1e-5
     theta: float = 1.0
     s: float = math.sqrt(2)
     tau_max: float = 5.0
