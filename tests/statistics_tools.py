@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from probgen.core import Batch
 from probgen.models.gaussian_mixture import GaussianMixture
-from probgen.randomness import BrownianSteps, Noise
+from probgen.randomness import BrownianSteps, Noise, forked_rng
 
 ALLOWED_Z = (
     4.5  # p = 7e-6: 600 statistics at once raise a false alarm at one seed in 250, and seeds are fixed
 )
+NUM_DRAWS = 50_000
 _CHUNK = 5000
 
 
@@ -77,6 +80,30 @@ def summarise(statistics: Callable[[Tensor], dict[str, Tensor]], x: Tensor) -> S
             squares[name] = squares.get(name, 0) + value.square().sum(0)
     mean = {name: value / len(x) for name, value in total.items()}
     return Summary(mean, {name: (squares[name] / len(x) - mean[name].square()).sqrt() for name in mean})
+
+
+# --- the asymmetric mixture that engines are held to ---------------------------------------------------------------
+
+
+@cache
+def exact_mixture(dim: int) -> GaussianMixture:
+    return GaussianMixture.example(dim)
+
+
+@cache
+def exact_draws(dim: int) -> Tensor:
+    with forked_rng(dim):
+        return exact_mixture(dim).model(Batch(num_rows=NUM_DRAWS))
+
+
+def summary_of(dim: int, x: Tensor) -> Summary:
+    return summarise(partial(mixture_statistics, exact_mixture(dim)), x)
+
+
+@cache
+def exact_law(dim: int) -> Summary:
+    """Its standard deviations are what biases are measured in."""
+    return summary_of(dim, exact_draws(dim))
 
 
 # --- verdicts -----------------------------------------------------------------------------------------------------

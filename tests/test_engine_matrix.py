@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -39,7 +39,6 @@ from probgen import (
     VP,
     Ancestral,
     AnnealedLangevin,
-    Batch,
     DPMSolver,
     FlowSDE,
     PredictorCorrector,
@@ -67,17 +66,20 @@ from probgen.processes import (
 from probgen.randomness import Noise, forked_rng
 from statistics_tools import (
     ALLOWED_Z,
+    NUM_DRAWS,
     StepsOfTwo,
-    Summary,
     Worst,
+    exact_draws,
+    exact_law,
+    exact_mixture,
     halved,
     largest_bias,
     largest_z,
     mixture_statistics,
     summarise,
+    summary_of,
 )
 
-NUM_DRAWS = 50_000
 QUICK_DRAWS = 10_000
 BIAS_DRAWS = 20_000
 MUTANT_DRAWS = {2: 2500, 16: 1000}
@@ -145,27 +147,6 @@ class PlainMixture(GaussianMixture):
         )
         posterior_mean = self.locs[:, None] + (pull * alpha[:, None, None]) @ self.covariances
         return (log_joint.softmax(1)[..., None] * posterior_mean).sum(1).reshape(x_t.shape)
-
-
-@cache
-def exact_mixture(dim: int) -> GaussianMixture:
-    return GaussianMixture.example(dim)
-
-
-@cache
-def exact_draws(dim: int) -> Tensor:
-    with forked_rng(dim):
-        return exact_mixture(dim).model(Batch(num_rows=NUM_DRAWS))
-
-
-def summary_of(dim: int, x: Tensor) -> Summary:
-    return summarise(partial(mixture_statistics, exact_mixture(dim)), x)
-
-
-@cache
-def exact_law(dim: int) -> Summary:
-    """Its standard deviations are what biases are measured in."""
-    return summary_of(dim, exact_draws(dim))
 
 
 # --- engines ------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -26,7 +26,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from probgen import DDPM, VP, Ancestral, Batch, ProbabilityFlowODE, ReverseSDE, infer
+from probgen import DDPM, VP, Ancestral, ProbabilityFlowODE, ReverseSDE, infer
 from probgen.dynamics import ClockedField, Velocity, family_field, steppers, torch_sde
 from probgen.inference import ancestral, probability_flow_ode, reverse_sde
 from probgen.models.gaussian_mixture import GaussianMixture
@@ -34,45 +34,26 @@ from probgen.processes import Power, Schedule, over_event
 from probgen.randomness import BrownianSteps, forked_rng
 from statistics_tools import (
     ALLOWED_Z,
+    NUM_DRAWS,
     NoiseOfTwo,
     StepsOfTwo,
     Summary,
     Worst,
+    exact_draws,
+    exact_law,
+    exact_mixture,
     largest_bias,
     largest_z,
-    mixture_statistics,
-    summarise,
+    summary_of,
     two_sample_z,
 )
 
-NUM_DRAWS = 50_000
 COARSE_STEPS = 10
 BATCH = 5000  # fits the cache
 ENGINES = ("Ancestral", "ReverseSDE", "ProbabilityFlowODE")
 
 
 # --- what is drawn, and by what -----------------------------------------------------------------------------------
-
-
-@cache
-def exact_mixture(dim: int) -> GaussianMixture:
-    return GaussianMixture.example(dim)
-
-
-@cache
-def exact_draws(dim: int) -> Tensor:
-    with forked_rng(dim):
-        return exact_mixture(dim).model(Batch(num_rows=NUM_DRAWS))
-
-
-def summary_of(dim: int, x: Tensor) -> Summary:
-    return summarise(partial(mixture_statistics, exact_mixture(dim)), x)
-
-
-@cache
-def exact_law(dim: int) -> Summary:
-    """Its standard deviations are what biases are measured in."""
-    return summary_of(dim, exact_draws(dim))
 
 
 class PredictsX0(nn.Module):

@@ -11,7 +11,6 @@ step, on a smooth schedule t(u): an n-step scheme takes n steps, whatever roundi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -199,15 +198,8 @@ def as_it_is(t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _process(program: Any) -> Process | None:
-    from probgen.core import UnsupportedError
-
-    if not isinstance(program, Diffusion):
-        return None
-    try:
-        process: Process = program.process()
-    except UnsupportedError:
-        return None
-    return process
+    """The noising law of a flow, where it has one for its settings."""
+    return program.process() if isinstance(program, Diffusion) and process_support(program) else None
 
 
 def reverse_drift(
@@ -385,8 +377,3 @@ def check_steps(name: str, value: int) -> None:
         raise InputError(
             f"{name} must lie in 1..{MAX_STEPS:,}, got {value:,}: its tables would not fit memory."
         )
-
-
-def event_size(shape: tuple[int, ...]) -> int:
-    """Number of coordinates of one event."""
-    return math.prod(shape)
