@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "core": ["Batch", "Estimate", "InputError", "Posterior", "ProbgenError", "UnsupportedError"],
+    "core": ["Batch", "DataSets", "Estimate", "InputError", "Posterior", "ProbgenError", "UnsupportedError"],
     "fitting": ["History", "Optim", "fit"],
     "targets": ["Pair"],
     "verbs": ["infer"],
+    "kernels.state": ["ChainState"],
+    "kernels.streaming": ["moments"],
     "processes": ["EDM", "OU", "VE", "VP", "CosineVP", "Karras", "OTPath", "Power", "SubVP"],
     "nets": ["MLP", "TimeMLP", "UNet"],
     "data": ["Quantised", "digits"],
@@ -30,7 +32,9 @@ _HOME = {
         "ConjugateGaussian",
         "Empirical",
         "GaussianChain",
+        "Energy",
         "GaussianMixture",
+        "Score",
         "SemiSupervisedVAE",
         "FlowMatching",
         "NCSN",
@@ -59,6 +63,14 @@ _HOME = {
         "AnnealedLangevin",
         "FlowSDE",
         "PredictorCorrector",
+        "HMC",
+        "MALA",
+        "SGLD",
+        "ULA",
+        "ChEES",
+        "ConstantSGD",
+        "ParallelTempering",
+        "UnderdampedLangevin",
     ],
     "evidence": ["ELBOEstimate", "ImportanceWeighted", "ODELikelihood"],
     "diagnostics": ["agree", "fokker_planck", "frechet_distance", "lipschitz", "loo", "predict", "summary"],
@@ -75,6 +87,7 @@ if TYPE_CHECKING:
     from probgen.core import (
         Batch as Batch,
     )
+    from probgen.core import DataSets as DataSets
     from probgen.core import (
         Estimate as Estimate,
     )
@@ -123,16 +136,22 @@ if TYPE_CHECKING:
     from probgen.inference import (
         DDIM as DDIM,
     )
+    from probgen.inference import HMC as HMC
+    from probgen.inference import MALA as MALA
     from probgen.inference import (
         NUTS as NUTS,
     )
+    from probgen.inference import SGLD as SGLD
     from probgen.inference import (
         SVI as SVI,
     )
+    from probgen.inference import ULA as ULA
     from probgen.inference import (
         Ancestral as Ancestral,
     )
     from probgen.inference import AnnealedLangevin as AnnealedLangevin
+    from probgen.inference import ChEES as ChEES
+    from probgen.inference import ConstantSGD as ConstantSGD
     from probgen.inference import (
         DPMSolver as DPMSolver,
     )
@@ -140,6 +159,7 @@ if TYPE_CHECKING:
     from probgen.inference import (
         Guide as Guide,
     )
+    from probgen.inference import ParallelTempering as ParallelTempering
     from probgen.inference import PredictorCorrector as PredictorCorrector
     from probgen.inference import (
         ProbabilityFlowODE as ProbabilityFlowODE,
@@ -147,6 +167,9 @@ if TYPE_CHECKING:
     from probgen.inference import (
         ReverseSDE as ReverseSDE,
     )
+    from probgen.inference import UnderdampedLangevin as UnderdampedLangevin
+    from probgen.kernels.state import ChainState as ChainState
+    from probgen.kernels.streaming import moments as moments
     from probgen.models import (
         DDPM as DDPM,
     )
@@ -163,6 +186,7 @@ if TYPE_CHECKING:
     from probgen.models import (
         Empirical as Empirical,
     )
+    from probgen.models import Energy as Energy
     from probgen.models import FlowMatching as FlowMatching
     from probgen.models import (
         GaussianChain as GaussianChain,
@@ -171,6 +195,7 @@ if TYPE_CHECKING:
         GaussianMixture as GaussianMixture,
     )
     from probgen.models import NeuralSDE as NeuralSDE
+    from probgen.models import Score as Score
     from probgen.models import ScoreSDE as ScoreSDE
     from probgen.models import (
         SemiSupervisedVAE as SemiSupervisedVAE,

@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from probgen.core import InputError, Posterior, did_you_mean
-from probgen.replay import log_likelihood, observations, predictions, require_target, simulations, unrecorded
+from probgen.replay import (
+    improper,
+    log_likelihood,
+    observations,
+    one_at_a_time,
+    predictions,
+    require_target,
+    simulations,
+    unrecorded,
+)
 
 Array = npt.NDArray[Any]
 
@@ -101,19 +110,25 @@ def unavailable(posterior: Posterior, group: str) -> str:
         return "" if posterior.stats or posterior.run_stats else f"{posterior.engine} recorded no statistics"
     if target is None:
         return "the posterior does not know its program"
+    if reason := one_at_a_time(posterior):
+        return reason
     if not observations(target):
         return "nothing was observed"
     if group in ("log_likelihood", "posterior_predictive"):
         missing = unrecorded(posterior, summed_out=group == "log_likelihood")
         return f"latent sites {', '.join(map(repr, missing))} have no draws" if missing else ""
+    if group.startswith("prior") and (names := improper(target)):
+        return f"sites {', '.join(map(repr, names))} have improper priors"
     return ""
 
 
 def build(arviz: ModuleType, groups: Groups) -> Any:
     """Hand the groups to this ArviZ in the form its generation reads."""
-    if _is_nested(arviz):
-        return arviz.from_dict(groups.values, dims=groups.dims, coords=groups.coords)
-    return arviz.from_dict(**groups.values, dims=groups.dims, coords=groups.coords)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "More chains", UserWarning)  # hundreds of chains are no mistake
+        if _is_nested(arviz):
+            return arviz.from_dict(groups.values, dims=groups.dims, coords=groups.coords)
+        return arviz.from_dict(**groups.values, dims=groups.dims, coords=groups.coords)
 
 
 # --- ArviZ's diagnostics, in the same words for both generations --------------------------------------------------
@@ -124,7 +139,8 @@ def chain_table(posterior: Posterior) -> Any:
     arviz = _arviz()
     data = build(arviz, to_groups(posterior, groups=["posterior"]))
     width = {"ci_kind": "hdi", "ci_prob": HDI_PROB} if _is_nested(arviz) else {"hdi_prob": HDI_PROB}
-    table = arviz.summary(data, round_to="none", **width)
+    with np.errstate(over="ignore", invalid="ignore"):  # draws that ran away are told in sentences
+        table = arviz.summary(data, round_to="none", **width)
     return table.rename(columns={"hdi94_lb": "hdi_3%", "hdi94_ub": "hdi_97%"})
 
 
@@ -271,7 +287,9 @@ def _statistics(posterior: Posterior) -> dict[str, Tensor]:
     """Statistics of each draw; those of a whole chain (its step size) are repeated along it, as ArviZ expects."""
     shape = (posterior.num_chains, posterior.num_draws)
     per_chain = {
-        name: value[:, None].expand(shape) for name, value in posterior.run_stats.items() if value.ndim == 1
+        name: value[:, None].expand(*shape, *value.shape[1:])
+        for name, value in posterior.run_stats.items()
+        if value.ndim
     }
     return per_chain | dict(posterior.stats)
 
@@ -279,11 +297,20 @@ def _statistics(posterior: Posterior) -> dict[str, Tensor]:
 def _dims(posterior: Posterior, groups: Collection[str]) -> dict[str, tuple[str, ...]]:
     """Names of dimensions: as the engine gave them, for observed sites their plates."""
     dims = {site: tuple(names) for site, names in posterior.dims.items()}
+    if posterior.target is not None and posterior.target.num_sets:
+        dims |= {
+            name: _set_last(name, value) for name, value in _statistics(posterior).items() if name not in dims
+        }
     if not set(groups) <= {"posterior", "sample_stats"}:
         for name, site in require_target(posterior).sites.items():
             if name not in posterior.draws and len(site.plates) == len(site.batch_shape):
                 dims[name] = site.plates
     return dims
+
+
+def _set_last(name: str, value: Tensor) -> tuple[str, ...]:
+    """Dimensions of a statistic after (chain, draw), the last being that of data sets."""
+    return (*(f"{name}_dim_{i}" for i in range(value.ndim - 3)), "data_set")
 
 
 def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, Array]:

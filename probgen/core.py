@@ -125,6 +125,26 @@ class Batch:
             yield
 
 
+@dataclass(frozen=True)
+class DataSets:
+    """Several data sets, each to have a posterior of its own, side by side in one run.
+
+    Args:
+        values: observed values by site name, each `(num_sets, *shape of one data set)`; a tensor alone is site "x".
+
+    Posteriors then hold draws `(chain, draw, num_sets, ...)`.
+
+    >>> len(DataSets({"y": torch.zeros(100, 8)}))
+    100
+    """
+
+    values: Mapping[str, Tensor] | Tensor
+
+    def __len__(self) -> int:
+        values = self.values if isinstance(self.values, Mapping) else {"x": self.values}
+        return len(next(iter(values.values()))) if values else 0
+
+
 # --- programs and what they can offer ---------------------------------------------------------------------------
 
 
@@ -296,6 +316,22 @@ class Normalised(Protocol):
 
 
 @runtime_checkable
+class Energetic(Program, Protocol):
+    """A program that is an energy, low where x is likely: log p(x) = -E(x) - log Z, Z unknown."""
+
+    def energy(self, x: Tensor, /) -> Tensor:
+        """E(x) in nats: x `(batch, *event)` -> `(batch,)`."""
+
+
+@runtime_checkable
+class ScoreOnly(Program, Protocol):
+    """A program of which only the score is known, which may be the gradient of nothing (a network)."""
+
+    def grad_log_prob(self, x: Tensor, /) -> Tensor:
+        """The score grad log p(x): x `(batch, *event)` -> `(batch, *event)`."""
+
+
+@runtime_checkable
 class Calibrated(Protocol):
     """A program with constants that are set from data in closed form, as batch-norm statistics are."""
 
@@ -338,6 +374,7 @@ class Target:
         data: observed values by site name.
         reader: gives the program's sites when first asked for them.
         per_row: True if rows of `args[0]` (a `Batch`) are independent data of one of probgen's programs.
+        sets: the observed values of several data sets, each `(num_sets, ...)`; `data` then holds the first.
     """
 
     program: Any
@@ -347,6 +384,12 @@ class Target:
     data: dict[str, Tensor]
     reader: Callable[[Target], dict[str, Site]] = field(repr=False)
     per_row: bool = False
+    sets: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_sets(self) -> int:
+        """Data sets side by side, each with a posterior of its own; 0 where there is just the one."""
+        return len(next(iter(self.sets.values()))) if self.sets else 0
 
     @cached_property
     def sites(self) -> dict[str, Site]:
@@ -386,7 +429,7 @@ class Support:
 
 
 def _short(value: Any) -> str:
-    return getattr(value, "__name__", None) or repr(value)
+    return getattr(value, "__name__", None) or (str(value) if isinstance(value, Method) else repr(value))
 
 
 def _is_changed(method: Any, item: Field[Any]) -> bool:
@@ -437,13 +480,14 @@ def process_support(program: Any) -> Support:
 class Engine(Method):
     """Draws from a program given what was observed. Subclasses are frozen dataclasses of a few hyper-parameters.
 
-    Class attributes: `needs` (capabilities), `conditions` (can it take observations?), `kind` and `guarantee` of
-    its draws, `default_chains`, and for `probgen list`: `offers`, `gives_up`, `paper`.
+    Class attributes: `needs` (capabilities), `conditions` (can it take observations?), `data_sets` (several side by
+    side?), `kind`, `guarantee` of its draws, `default_chains`, and for `probgen list`: `offers`, `gives_up`, `paper`.
     """
 
     kind: ClassVar[PosteriorKind]
     guarantee: ClassVar[Guarantee]
     conditions: ClassVar[bool] = False
+    data_sets: ClassVar[bool] = False
     default_chains: ClassVar[int] = 1
 
     def run(
@@ -474,13 +518,14 @@ class Estimator(Method):
 
 @dataclass(frozen=True)
 class Cost:
-    """What was paid: network calls (or density evaluations), gradients, seconds; warm-up or fitting apart."""
+    """What was paid: network calls (or densities), gradients, seconds; warm-up or fitting, and preparation, apart."""
 
     network_calls: int = 0
     gradients: int = 0
     seconds: float = 0.0
     warmup_gradients: int = 0
     warmup_seconds: float = 0.0
+    compile_seconds: float = 0.0
 
     def __str__(self) -> str:
         parts = [f"{self.seconds:.2f} s"]
@@ -489,6 +534,7 @@ class Cost:
         parts += [f"warm-up {self.warmup_seconds:.2f} s, {self.warmup_gradients:,} gradients"] * bool(
             self.warmup_seconds or self.warmup_gradients
         )
+        parts += [f"preparation {self.compile_seconds:.2f} s"] * bool(self.compile_seconds)
         return ", ".join(parts)
 
 
@@ -497,9 +543,12 @@ MEANINGS: dict[str, str] = {
     "mcmc": "correlated draws of Markov chains: judge them by R-hat and effective sample size (`summary`)",
     "weighted": "draws resampled from weighted particles: errors come from independent runs",
     "approximate": "independent draws of an approximation: more draws do not bring them closer to the posterior",
+}
+GUARANTEES: dict[str, str] = {
     "exact": "the law is exact",
     "asymptotic": "exact as the number of draws grows",
-    "discretised": "exact as the number of steps grows",
+    "discretised": "exact as steps grow finer",
+    "approximate": "of an approximation, which more draws do not mend",
 }
 
 
@@ -511,7 +560,7 @@ class Posterior:
         draws: per site `(chain, draw, *batch, *event)`, constrained, equally weighted.
         kind, guarantee, engine, cost: what the draws are, and what they cost.
         dims, coords: names of the dimensions after (chain, draw), from the program's plates.
-        stats: per-draw statistics `(chain, draw)`; run_stats: per-replicate statistics `(chain,)`.
+        stats: per-draw statistics `(chain, draw)`; run_stats: per-replicate statistics `(chain,)`; data sets last.
         evidence: log p(data) where the engine gives it.
         state: the engine's own continuation.
         target: what was conditioned; diagnostics rerun it.
@@ -552,9 +601,7 @@ class Posterior:
     def __str__(self) -> str:
         lines = [
             f"{self.num_chains} x {self.num_draws:,} draws by {self.engine}: {MEANINGS[self.kind]}.",
-            f"Guarantee: {self.guarantee}"
-            + (f" ({MEANINGS[self.guarantee]})" if self.guarantee in MEANINGS else "")
-            + ".",
+            f"Guarantee: {self.guarantee} ({GUARANTEES[self.guarantee]}).",
             f"Cost: {self.cost}.",
         ]
         for name, value in self.draws.items():
@@ -567,7 +614,8 @@ class Posterior:
                 lines.append(f"  {name}: {shape}, values {int(value.min())}..{int(value.max())}")
         divergences = self.stats.get("diverging")
         if divergences is not None and int(divergences.sum()):
-            lines.append(f"{int(divergences.sum())} divergences: do not trust the tails; see `summary`.")
+            count, total = int(divergences.sum()), divergences.numel()
+            lines.append(f"{count:,} of {total:,} transitions diverged ({count / total:.2g}): see `summary`.")
         return "\n".join(lines)
 
 

@@ -14,12 +14,14 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import ImproperUniform
 from torch import Tensor
 
 from probgen.bounds import sample_sites, validation
 from probgen.core import InputError, Posterior, Target, describe
 from probgen.randomness import forked_rng
 from probgen.targets import frozen, read, restored_store
+from probgen.targets.reading import FlatStart, innermost
 
 Node = Mapping[str, Any]
 Pick = Callable[[dict[str, Node]], dict[str, Tensor]]
@@ -31,13 +33,30 @@ def observations(target: Target) -> dict[str, Tensor]:
     """The value of every observed site, whether given as data or by the program's own `obs=`."""
     if target.per_row:
         return dict(target.data)
-    with _quietly(target, seed=0):
-        nodes = _run(target.model, target.args)
     return {
         name: node["value"]
-        for name, node in nodes.items()
+        for name, node in _once(target).items()
         if node["is_observed"] and not _is_bookkeeping(node)
     }
+
+
+def improper(target: Target) -> list[str]:
+    """Latent sites whose law is improper: nothing can simulate them."""
+    return [
+        name
+        for name, node in _once(target).items()
+        if not node["is_observed"] and isinstance(innermost(node["fn"]), ImproperUniform)
+    ]
+
+
+def one_at_a_time(posterior: Posterior) -> str:
+    """Why the program cannot be run again under these draws, where they are of several data sets; "" if it can."""
+    count = 0 if posterior.target is None else posterior.target.num_sets
+    return (
+        f"it holds draws of {count} data sets side by side, and the program is run again for one at a time"
+        if count
+        else ""
+    )
 
 
 def unrecorded(posterior: Posterior, *, summed_out: bool) -> list[str]:
@@ -55,7 +74,8 @@ def log_likelihood(posterior: Posterior) -> dict[str, Tensor]:
 
     Masks are honoured (a masked row counts 0), scales of plates and subsamples are not: one row, one term.
 
-    Raises `InputError` where nothing was observed, or where a latent site has no draws (it was summed out).
+    Raises `InputError` where nothing was observed, a latent site has no draws (it was summed out), or the draws are of
+    several data sets.
     """
     target = require_target(posterior)
     names = set(_observed(target))
@@ -64,9 +84,8 @@ def log_likelihood(posterior: Posterior) -> dict[str, Tensor]:
     def pick(nodes: dict[str, Node]) -> dict[str, Tensor]:
         return {name: _row_log_prob(node) for name, node in nodes.items() if name in names}
 
-    flat = _over_draws(
-        target, target.model, {site: posterior.flat(site) for site in posterior.draws}, pick, seed=0
-    )
+    held = {site: posterior.flat(site) for site in _held(posterior)}
+    flat = _over_draws(target, target.model, held, pick, seed=0)
     return {name: value.unflatten(0, (posterior.num_chains, -1)) for name, value in flat.items()}
 
 
@@ -81,14 +100,15 @@ def predictions(
         num_draws: per chain, evenly spaced among those there are; None means all.
         seed: of the predicted data.
 
-    Raises `InputError` where nothing was observed, a latent has no draws, or draws do not fit the new arguments.
+    Raises `InputError` where nothing was observed, a latent has no draws, draws do not fit the new arguments, or are of
+    several data sets.
     """
     old = require_target(posterior)
     target = read(old.program, None, args) if args else old
     names = set(_observed(old))
     _require_draws(posterior, summed_out=False)
     kept = _evenly_spaced(posterior.num_draws, num_draws)
-    held = {site: draws[:, kept].flatten(0, 1) for site, draws in posterior.draws.items()}
+    held = {site: posterior[site][:, kept].flatten(0, 1) for site in _held(posterior)}
     if args:
         _check_fit(target, held)
     flat = _over_draws(target, poutine.uncondition(target.model), held, _values(names), seed=seed)
@@ -96,7 +116,15 @@ def predictions(
 
 
 def simulations(target: Target, *, num_draws: int, seed: int = 0) -> dict[str, Tensor]:
-    """(z, x) ~ p(z, x), observations freed: every site that is sampled, `(num_draws, *batch, *event)`."""
+    """(z, x) ~ p(z, x), observations freed: every site that is sampled, `(num_draws, *batch, *event)`.
+
+    Raises `InputError` where a site is improper.
+    """
+    if names := improper(target):
+        raise InputError(
+            f"{describe(target.program)} cannot be simulated: {', '.join(map(repr, names))} has an improper law. Give "
+            "it a proper prior, or observe it."
+        )
     count = {"": torch.arange(num_draws)}  # fixes no site; it tells how many runs
     return _over_draws(target, poutine.uncondition(target.model), count, _values(None), seed=seed)
 
@@ -121,7 +149,17 @@ def _observed(target: Target) -> dict[str, Tensor]:
     return observed
 
 
+def _held(posterior: Posterior) -> list[str]:
+    """The latent sites with draws: what the program computes from them (deterministic sites) it computes again."""
+    latents = require_target(posterior).latents
+    return [name for name in posterior.draws if name in latents]
+
+
 def _require_draws(posterior: Posterior, *, summed_out: bool) -> None:
+    if reason := one_at_a_time(posterior):
+        raise InputError(
+            f"This posterior cannot be replayed: {reason}. Infer for the data set in question alone."
+        )
     missing = unrecorded(posterior, summed_out=summed_out)
     if missing:
         raise InputError(
@@ -190,6 +228,12 @@ def _over_draws(
     with _quietly(target, seed):
         runs = [once(dict(zip(draws, row, strict=True))) for row in zip(*draws.values(), strict=True)]
     return {name: torch.stack([run[name] for run in runs]) for name in runs[0]}
+
+
+def _once(target: Target) -> dict[str, Node]:
+    """One run of the program, its improper sites put somewhere inside their support."""
+    with _quietly(target, seed=0):
+        return _run(FlatStart(torch.get_default_dtype())(target.model), target.args)
 
 
 def _run(model: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, Node]:

@@ -61,7 +61,8 @@ def infer(
     torch.Size([2, 50])
     """
     _check_method(engine, Engine, "inference")
-    num_chains = engine.default_chains if num_chains is None else num_chains
+    if num_chains is None:
+        num_chains = getattr(state, "num_chains", engine.default_chains)
     check_count("num_draws", num_draws)
     check_count("num_chains", num_chains)
     _check_support(program, engine, "inference")
@@ -71,6 +72,11 @@ def infer(
         raise UnsupportedError(
             f"{describe(engine)} draws without conditioning, but {', '.join(map(repr, target.data))} was observed. "
             f"Engines that condition {describe(program)}: {able}."
+        )
+    if target.sets and not engine.data_sets:
+        able = _alternatives(program, "inference", lambda other: getattr(other, "data_sets", False))
+        raise UnsupportedError(
+            f"{describe(engine)} takes one data set at a time; side by side they are served by: {able}."
         )
     with forked_rng(seed), frozen(program), restored_store():
         return engine.run(

@@ -193,8 +193,8 @@ def test_chains_start_from_other_draws() -> None:
     approximate = infer(model, SVI(num_steps=300), data={"y": y}, num_draws=10)
     posterior = infer(model, NUTS(num_warmup=20), data={"y": y}, num_draws=20, num_chains=2, init=approximate)
     assert posterior["mu"].shape == (2, 20)
-    with pytest.raises(InputError, match="no draws of site 'mu'"):
-        infer(model, NUTS(num_warmup=5), data={"y": y}, num_draws=5, init=Posterior(
+    with pytest.raises(InputError, match="no value to start from for 'mu'"):
+        infer(model, NUTS(num_warmup=5), data={"y": y}, num_draws=5, num_chains=1, init=Posterior(
             {"nu": torch.zeros(1, 3)}, "iid", "exact", "by hand", approximate.cost))  # fmt: skip
 
 
@@ -285,7 +285,7 @@ def test_nuts_names_what_it_cannot_sample() -> None:
         c = pyro.sample("c", dist.Categorical(torch.ones(3)))
         pyro.sample("y", dist.Normal(c.float(), 1.0))
 
-    with pytest.raises(InputError, match="site 'c' is discrete"):
+    with pytest.raises(InputError, match=r"Nothing to draw.*'c'.*discrete"):
         infer(discrete, NUTS(), data={"y": torch.tensor(1.0)})
     model, y = eight_students()
     with pytest.raises(InputError, match="every site of model is observed"):

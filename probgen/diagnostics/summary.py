@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from probgen.arviz_io import chain_table, draws_table, energy_bfmi
+from probgen.arviz_io import chain_table, draws_table
 from probgen.core import MEANINGS, Cost, InputError, Posterior
+from probgen.diagnostics.advice import notes, problems
 
-MAX_R_HAT = 1.01  # Vehtari et al. 2021
-MIN_ESS = 400.0
-MIN_ESS_PER_CHAIN = 100.0
-MIN_BFMI = 0.3  # Betancourt 2016
-MAX_DEEP_TREES = 0.01
 _ROWS_SHOWN = 12
 
 
@@ -61,8 +56,9 @@ def summary(posterior: Posterior, sites: Collection[str] | None = None) -> Summa
     """Summarise draws and judge them by what their kind allows.
 
     Markov chains (`kind` "mcmc") get rank-normalised split R-hat, bulk and tail effective sample size (Vehtari et al.
-    2021, arXiv 1903.08008), divergences, tree depth and energy. Independent draws have no R-hat: their Monte Carlo
-    error is sd / sqrt(n), and where they come from an approximation no number of draws tells how good it is.
+    2021, arXiv 1903.08008), acceptance, divergences, tree depth and energy. Independent draws have no R-hat: their
+    Monte Carlo error is sd / sqrt(n), and where they come from an approximation no number of draws tells how good it
+    is.
 
     Args:
         posterior: draws of any engine.
@@ -83,7 +79,7 @@ def summary(posterior: Posterior, sites: Collection[str] | None = None) -> Summa
     chosen = list(posterior.draws) if sites is None else list(sites)
     part = replace(posterior, draws={site: posterior[site] for site in chosen})
     table = chain_table(part) if part.kind == "mcmc" else draws_table(part)
-    return Summary(table, tuple(_problems(part, table)), tuple(_notes(part)), _heading(part))
+    return Summary(table, tuple(problems(part, table)), tuple(notes(part)), _heading(part))
 
 
 def example() -> Posterior:
@@ -106,117 +102,14 @@ def example() -> Posterior:
     )
 
 
-# --- rules: each looks at one thing and yields a sentence with its remedy ------------------------------------------
-
-
-def _problems(posterior: Posterior, table: Any) -> Iterator[str]:
-    yield from _not_finite(posterior.draws)
-    if posterior.evidence is not None and not posterior.evidence.trusted:
-        yield f"The evidence that came with these draws is not to be trusted: {posterior.evidence.reason}"
-    if posterior.kind == "weighted" and posterior.num_chains == 1:
-        yield "One run only: errors of resampled particles come from independent runs; use num_chains=4 or more."
-    if posterior.kind == "mcmc":
-        if posterior.num_chains == 1:
-            yield "One chain only: R-hat cannot see a mode that one chain never left; use num_chains=4."
-        yield from _stuck(table)
-        yield from _high_r_hat(table)
-        yield from _low_ess(table, posterior.num_chains, posterior.num_draws)
-        yield from _divergences(posterior.stats)
-        yield from _deep_trees(posterior.stats)
-        yield from _slow_energy(posterior.stats)
-
-
-def _not_finite(draws: Mapping[str, Tensor]) -> Iterator[str]:
-    bad = [name for name, value in draws.items() if not bool(torch.isfinite(value).all())]
-    if bad:
-        yield f"Draws of {_list(bad)} hold NaN or Inf: check the program's scales for 0 or overflow."
-
-
-def _stuck(table: Any) -> Iterator[str]:
-    stuck = list(table.index[table["sd"] == 0])
-    if stuck:
-        yield (
-            f"{_list(stuck)} never moved. If that is no constant of the program, the step size is far off: warm up "
-            "longer (num_warmup), or start elsewhere (init)."
-        )
-
-
-def _high_r_hat(table: Any) -> Iterator[str]:
-    high = table["r_hat"][table["r_hat"] >= MAX_R_HAT].sort_values(ascending=False)
-    if len(high):
-        yield (
-            f"R-hat is {high.iloc[0]:.3f} for {high.index[0]}, and {MAX_R_HAT} or more for {len(high)} of {len(table)} "
-            f"entries ({_list(list(high.index))}): the chains disagree. Run longer; if it stays, the posterior has "
-            "several modes or chains get stuck: reparameterise, or start elsewhere (init)."
-        )
-
-
-def _low_ess(table: Any, num_chains: int, num_draws: int) -> Iterator[str]:
-    needed = max(MIN_ESS, MIN_ESS_PER_CHAIN * num_chains)
-    for column, use in (("ess_bulk", "means"), ("ess_tail", "quantiles")):
-        low = table[column][table[column] < needed].sort_values()
-        if len(low):
-            name, smallest = column.removeprefix("ess_"), float(low.iloc[0])
-            yield (
-                f"The {name} effective sample size is {smallest:.0f} of {num_chains * num_draws:,} draws for "
-                f"{low.index[0]}, and below {needed:.0f} for {len(low)} of {len(table)} entries: {use} and R-hat "
-                f"itself are too noisy. Draw {needed / max(smallest, 1.0):.1f} times as many, or reparameterise."
-            )
-
-
-def _divergences(stats: Mapping[str, Tensor]) -> Iterator[str]:
-    count = int(stats["diverging"].sum()) if "diverging" in stats else 0
-    if count:
-        were = "was 1 divergence" if count == 1 else f"were {count} divergences"
-        yield (
-            f"There {were} after warm-up: the step is too long for part of the posterior, which the draws then miss. "
-            "Increase target_accept, or reparameterise (non-centred)."
-        )
-
-
-def _deep_trees(stats: Mapping[str, Tensor]) -> Iterator[str]:
-    share = (
-        float(stats["reached_max_tree_depth"].double().mean()) if "reached_max_tree_depth" in stats else 0.0
-    )
-    if share > MAX_DEEP_TREES:
-        yield (
-            f"{share:.0%} of the transitions reached the maximum tree depth: they stop before they turn back, and cost "
-            "most. Rescale the latents, warm up longer, or increase max_tree_depth."
-        )
-
-
-def _slow_energy(stats: Mapping[str, Tensor]) -> Iterator[str]:
-    if "energy" not in stats:
-        return
-    lowest = float(energy_bfmi(stats["energy"].double().numpy()).min())
-    if lowest < MIN_BFMI:
-        yield (
-            f"E-BFMI is {lowest:.2f} (below {MIN_BFMI}): the energy changes too slowly from draw to draw, as with "
-            "heavy tails or a funnel. Reparameterise (non-centred), or give scales lighter tails."
-        )
-
-
-def _notes(posterior: Posterior) -> Iterator[str]:
-    if posterior.guarantee == "approximate" or posterior.kind == "approximate":
-        yield (
-            "The draws come from an approximation, and nothing here says how close it is: check it with "
-            "ImportanceWeighted, or against NUTS with agree(a, b)."
-        )
-    if posterior.guarantee == "discretised":
-        yield "The draws are exact only as steps grow finer: double the number of steps and compare with agree(a, b)."
-
-
 # --- words ---------------------------------------------------------------------------------------------------------
 
 
 def _heading(posterior: Posterior) -> str:
     kind = MEANINGS[posterior.kind].split(":")[0]
-    return f"{posterior.num_chains} x {posterior.num_draws:,} draws by {posterior.engine} ({kind})."
-
-
-def _list(names: list[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    num_sets = posterior.target.num_sets if posterior.target is not None else 0
+    each = f" of each of {num_sets:,} data sets" if num_sets else ""
+    return f"{posterior.num_chains:,} x {posterior.num_draws:,} draws{each} by {posterior.engine} ({kind})."
 
 
 def _shown(table: Any) -> str:

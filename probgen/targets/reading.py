@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import ImproperUniform
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from probgen.bounds import sample_sites, validation
 from probgen.core import (
     Batch,
+    DataSets,
     InputError,
+    ProbgenError,
     Program,
     Site,
     Stepwise,
@@ -24,6 +29,10 @@ from probgen.core import (
     did_you_mean,
 )
 from probgen.randomness import forked_rng
+from probgen.targets.bijections import bijection
+from probgen.targets.observing import Observing
+
+Result = TypeVar("Result")
 
 
 class Pair(nn.Module):
@@ -74,6 +83,8 @@ def read(
 
     Raises `InputError` for values that are not finite or do not fit their site, and for sites that do not exist.
     """
+    if isinstance(data, DataSets):
+        return _read_sets(program, named(data.values), args)
     observed = named(data)
     if isinstance(program, Program):
         check_event(program, observed)
@@ -86,10 +97,21 @@ def read(
             f"A program is a Pyro function or has a method model(batch), got {type(program).__name__}."
         )
     if observed:
-        model = pyro.condition(model, data=observed)
+        model = Observing(observed)(model)
     target = Target(program, model, guide, args, observed, read_sites, per_row=isinstance(program, Program))
     if observed:
         _check_names(target)
+    return target
+
+
+def _read_sets(program: Any, stacked: dict[str, Tensor], args: tuple[Any, ...]) -> Target:
+    """Read the program with the first data set; the others must be like it."""
+    counts = {name: len(value) if value.ndim else 0 for name, value in stacked.items()}
+    if not counts or len(set(counts.values())) > 1 or 0 in counts.values():
+        raise InputError(f"DataSets need the same number of data sets, >= 1, at every site; got {counts}.")
+    first = read(program, {name: value[0] for name, value in stacked.items()}, args)
+    target = replace(first, sets=stacked)
+    _ = target.sites  # checks the values of all sets
     return target
 
 
@@ -140,25 +162,92 @@ def _check_names(target: Target) -> None:
 
 def read_sites(target: Target) -> dict[str, Site]:
     """Run the program once, validation on, and describe its sample sites."""
+
+    def run(dtype: torch.dtype) -> Any:
+        return poutine.trace(FlatStart(dtype)(target.model)).get_trace(*target.args)
+
     with forked_rng(0), torch.no_grad(), restored_store(), validation(True):
         try:
-            trace = poutine.trace(target.model).get_trace(*target.args)
-        except InputError:
+            trace = with_flat_dtype(target, run)
+        except ProbgenError:
             raise
         except Exception as error:
             raise InputError(
-                f"Running {describe(target.program)} on the given data and arguments failed: "
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} "
+                f"Running {describe(target.program)} on the given data and arguments failed: {first_line(error)} "
                 "Check the shapes of data and args against the program."
             ) from error
-    return {name: _site(name, node) for name, node in sample_sites(trace).items() if not _is_factor(node)}
+    return {
+        name: _site(name, node, target.sets.get(name))
+        for name, node in sample_sites(trace).items()
+        if not _is_record(node)
+    }
 
 
-def _is_factor(node: Mapping[str, Any]) -> bool:
-    return type(node["fn"]).__name__ == "Unit"
+def first_line(error: Exception) -> str:
+    """An error of others in one line.
+
+    >>> first_line(ValueError("expected 2, got 3"))
+    'ValueError: expected 2, got 3'
+    """
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def _site(name: str, node: Mapping[str, Any]) -> Site:
+def with_flat_dtype(target: Target, run: Callable[[torch.dtype], Result]) -> Result:
+    """`run` with a dtype for sites with an improper law, which have none of their own.
+
+    It is the most precise of torch's default, observations and arguments, and float64 where the program then multiplies
+    it with float64 matrices.
+    """
+    values = [
+        torch.zeros(()),
+        *target.data.values(),
+        *(arg for arg in target.args if isinstance(arg, Tensor)),
+    ]
+    dtype = max((value.dtype for value in values if value.is_floating_point()), key=precision)
+    try:
+        return run(dtype)
+    except (RuntimeError, ProbgenError) as error:
+        if dtype == torch.float64 or "dtype" not in str(error):
+            raise
+        return run(torch.float64)
+
+
+def precision(dtype: torch.dtype) -> int:
+    """Bits of a floating dtype, to compare dtypes by."""
+    return torch.finfo(dtype).bits
+
+
+def innermost(law: Any) -> Any:
+    """The law inside of what expands, masks, transforms it or declares its dimensions."""
+    while hasattr(law, "base_dist"):
+        law = law.base_dist
+    return law
+
+
+class FlatStart(Messenger):
+    """Gives sites with an improper law, which cannot be drawn from, a value inside their support."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and isinstance(innermost(msg["fn"]), ImproperUniform):
+            transform = bijection(msg["fn"])
+            shape = msg["fn"].shape()
+            msg["value"] = transform(torch.zeros(transform.inverse_shape(shape), dtype=self.dtype)).expand(
+                shape
+            )
+            msg["done"] = True
+
+
+def _is_record(node: Mapping[str, Any]) -> bool:
+    """A factor or a deterministic value: a site of Pyro's that is no random variable."""
+    return type(node["fn"]).__name__ == "Unit" or bool(node["infer"].get("_deterministic"))
+
+
+def _site(name: str, node: Mapping[str, Any], sets: Tensor | None = None) -> Site:
     fn = node["fn"]
     site = Site(
         name,
@@ -171,14 +260,14 @@ def _site(name: str, node: Mapping[str, Any]) -> Site:
         enumerated=bool(node["infer"].get("enumerate")),
     )
     if site.observed:
-        _check_value(site, fn, node["value"])
+        expected = site.batch_shape + site.event_shape
+        if tuple(node["value"].shape) != expected:
+            raise InputError(f"Site {name!r}: expected shape {expected}, got {tuple(node['value'].shape)}.")
+        _check_values(site, fn, node["value"] if sets is None else sets)
     return site
 
 
-def _check_value(site: Site, fn: Any, value: Tensor) -> None:
-    expected = site.batch_shape + site.event_shape
-    if tuple(value.shape) != expected:
-        raise InputError(f"Site {site.name!r}: expected shape {expected}, got {tuple(value.shape)}.")
+def _check_values(site: Site, fn: Any, value: Tensor) -> None:
     with contextlib.suppress(NotImplementedError):
         if not bool(fn.support.check(value).all()):
             raise InputError(

@@ -1,0 +1,57 @@
+"""Pure Markov transitions, and the one loop that runs them.
+
+`core` holds the contracts: a `Kernel` moves points, an `Adapter` tunes it during warm-up, a `MarkovEngine` is a few
+settings that make both. `run` is the loop; `adaptation`, `coordinates`, `noise`, `starts` and `state` are its parts. A
+kernel is one file here or, where only one engine uses it, the engine's own file.
+"""
+
+from probgen.kernels.adaptation import StepSize, find_step_size
+from probgen.kernels.coordinates import Coordinates, InCoordinates
+from probgen.kernels.core import (
+    Adapter,
+    Evaluate,
+    Kernel,
+    MarkovEngine,
+    Point,
+    Stats,
+    Tuning,
+    check_step_size,
+    check_warmup,
+    compiled,
+    per_chain,
+    per_set,
+)
+from probgen.kernels.leapfrog import MAX_ENERGY_ERROR, accept, kinetic_energy, leapfrog
+from probgen.kernels.metric import Metric, MetricKind, check_metric, step_and_metric
+from probgen.kernels.run import Chains, run_chains
+from probgen.kernels.state import ChainState
+
+__all__ = [
+    "MAX_ENERGY_ERROR",
+    "Adapter",
+    "ChainState",
+    "Chains",
+    "Coordinates",
+    "Evaluate",
+    "InCoordinates",
+    "Kernel",
+    "MarkovEngine",
+    "Metric",
+    "MetricKind",
+    "Point",
+    "Stats",
+    "StepSize",
+    "Tuning",
+    "accept",
+    "check_metric",
+    "check_step_size",
+    "check_warmup",
+    "compiled",
+    "find_step_size",
+    "kinetic_energy",
+    "leapfrog",
+    "per_chain",
+    "per_set",
+    "run_chains",
+    "step_and_metric",
+]

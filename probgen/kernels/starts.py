@@ -1,0 +1,93 @@
+"""Where chains begin: uniformly in (-2, 2) of unconstrained space, or at the draws of another posterior."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from probgen.core import InputError, Posterior
+from probgen.randomness import Noise
+from probgen.targets import Density
+
+_RADIUS = 2.0
+_TRIES = 100
+_KEY = 2**63  # of the noise, beyond those of transitions
+
+
+def starting_points(
+    density: Density, num_columns: int, seed: int, init: Posterior | None, first_column: int = 0
+) -> Tensor:
+    """Points of finite density and gradient, `(dim, num_columns)`.
+
+    Without `init` columns are uniform in (-2, 2); those that are not finite are drawn again, up to 100 times, nearer
+    and nearer to 0. With it they are draws of each of its chains, spread evenly up to the last.
+
+    Raises `InputError` where no finite start is found, naming the site.
+    """
+    if init is not None:
+        return _given(density, num_columns, init)
+    # The start of chain i does not depend on how many chains there are.
+    noise = Noise(seed, 1, num_columns, (density.dim,), torch.float64, first=first_column)
+    u = torch.empty(density.dim, num_columns, dtype=density.dtype, device=density.device)
+    finite = torch.zeros(num_columns, dtype=torch.bool, device=density.device)
+    for attempt in range(_TRIES):
+        radius = _RADIUS * (1 - attempt / _TRIES)
+        fresh = (radius * torch.erf(noise(_KEY + attempt).mT * 0.5**0.5)).to(u)
+        u = torch.where(finite, u, fresh)
+        finite = _is_finite(density, u)
+        if bool(finite.all()):
+            return u.contiguous()
+    raise InputError(
+        f"No start was found: {_blame(density, u, finite)} is not finite at {_TRIES} random points of unconstrained "
+        "space. Check the program's support and data there, or start from draws: infer(..., init=posterior)."
+    )
+
+
+def _given(density: Density, num_columns: int, init: Posterior) -> Tensor:
+    """The draws to start from, in unconstrained space."""
+    chosen = _chosen(init, num_columns // density.num_sets)
+    if density.sets_shown:
+        chosen = {name: value.flatten(0, 1) for name, value in chosen.items()}
+    try:
+        u = density.unconstrain(chosen)
+    except (RuntimeError, ValueError, IndexError):  # of transforms that are given other shapes than theirs
+        u = torch.empty(0)
+    if u.shape != (density.dim, num_columns):
+        shapes = {name: tuple(value.shape[2:]) for name, value in init.draws.items()}
+        raise InputError(
+            f"The draws of `init` do not fit: the program has {density.dim} unconstrained coordinates for each of "
+            f"{density.num_sets} data sets, the draws have shapes {shapes}. They must come from the same program."
+        )
+    finite = _is_finite(density, u)
+    if not bool(finite.all()):
+        raise InputError(
+            f"A chain cannot start at its draw of `init`: {_blame(density, u, finite)} is not finite there. The draws "
+            "must come from the same program and observations, inside their supports."
+        )
+    return u.contiguous()
+
+
+def _chosen(init: Posterior, num_chains: int) -> dict[str, Tensor]:
+    """One draw for each of `num_chains`, `(num_chains, ...)`: of every chain in turn, the last draws among them."""
+    each = -(-num_chains // init.num_chains)
+    if each > init.num_draws:
+        raise InputError(
+            f"{num_chains} chains cannot start from {init.num_chains} x {init.num_draws} draws: there must be one each."
+        )
+    draws = [init.num_draws - 1 - k * init.num_draws // each for k in range(each)]
+    return {
+        name: value[:, draws].transpose(0, 1).flatten(0, 1)[:num_chains] for name, value in init.draws.items()
+    }
+
+
+def _is_finite(density: Density, u: Tensor) -> Tensor:
+    """Which columns have a finite gradient, and a finite density where it is known: `(n,)`."""
+    log_prob, grad = density.value_and_grad(u)
+    finite = torch.isfinite(grad).all(0)
+    return finite & torch.isfinite(log_prob) if density.has_log_prob else finite
+
+
+def _blame(density: Density, u: Tensor, finite: Tensor) -> str:
+    """What is not finite, and in which chain first."""
+    column = int((~finite).nonzero()[0, 0])
+    return f"{density.blame(u[:, column : column + 1])} (chain {column // density.num_sets})"
