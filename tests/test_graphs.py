@@ -166,3 +166,24 @@ def test_random_numbers_stay_random() -> None:
     with forked_rng(0):
         first, second = graph(U), graph(U)
     assert bool((first != second).all())
+
+
+@pytest.mark.parametrize("multiply", [lambda a, x: a @ x, lambda a, x: x @ a], ids=["left", "right"])
+def test_a_matrix_that_all_chains_share_is_multiplied_once(
+    multiply: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """Not a copy of it for each chain; one of its own for each is left alone."""
+    with forked_rng(0):
+        shared, u = torch.randn(4, 4, dtype=torch.float64), torch.randn(4, 7, dtype=torch.float64)
+        own = torch.randn(7, 4, 4, dtype=torch.float64)
+
+    def over_chains(matrices: Tensor | None) -> Callable[[Tensor], Tensor]:
+        if matrices is None:
+            return torch.func.vmap(lambda x: multiply(shared, x), in_dims=-1)
+        return lambda u: torch.func.vmap(multiply, in_dims=(0, -1))(matrices, u)
+
+    for matrices, products in ((None, 0), (own, 1)):
+        function = over_chains(matrices)
+        graph = recorded(function, u)
+        torch.testing.assert_close(graph(u), function(u), rtol=1e-12, atol=1e-12)
+        assert sum(node.target is torch.ops.aten.bmm.default for node in graph.graph.nodes) == products

@@ -245,7 +245,7 @@ class Run(NamedTuple):
 RUNS = {
     "HMC": Run(HMC(num_steps=16, jitter=0.5, target_accept=0.95), 32, 500),
     "ChEES": Run(ChEES(target_accept=0.95), 32, 500),
-    "NUTS": Run(NUTS(target_accept=0.95), 32, 400),
+    "NUTS": Run(NUTS(target_accept=0.95), 32, 800),
 }
 SCHOOLS = "eight_schools-eight_schools_noncentered"
 QUICK = {(SCHOOLS, "ChEES")}

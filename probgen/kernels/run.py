@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_map
 
 from probgen.core import Cost, InputError, NonFiniteWarning, Posterior, Target, UnsupportedError, describe
 from probgen.kernels.adaptation import find_step_size
@@ -20,7 +21,7 @@ from probgen.kernels.compiling import Compiled
 from probgen.kernels.coordinates import Coordinates, InCoordinates
 from probgen.kernels.core import Evaluate, Kernel, MarkovEngine, Stats, Tuning
 from probgen.kernels.noise import Normals
-from probgen.kernels.starts import starting_points
+from probgen.kernels.starts import left_behind, starting_points
 from probgen.kernels.state import ChainState, check_fits, check_same_density, restored, tensors_of
 from probgen.progress import Update, ticker
 from probgen.targets import Density
@@ -29,6 +30,7 @@ _BLOCK = 4  # transitions at once, and between looks at the clock
 _OPERATIONS = 600  # about as many are compiled together where that is more than one transition,
 _MOST_OPERATIONS = 1500  # and no more where it is one: compilers take longer and longer
 _UNKNOWN = 100  # operations of a density that was not recorded
+_GATHER = (0.15, 0.3, 0.5)  # shares of warm-up after which chains that are lost are fetched
 _SHOW_EVERY = 0.1  # seconds
 
 
@@ -218,16 +220,27 @@ class Chains:
         for adapter in adapters:
             self.tuning = adapter.begin(self.tuning, self.groups)
         self._prime()
+        gatherings = {int(share * self.engine.warmup) for share in _GATHER}
         with self.clock.counting("warmup_seconds"):
             for step in range(self.engine.warmup):
                 _, stats = self._move(1)
                 last = {name: value[0] for name, value in stats.items()}
+                if adapters and step + 1 in gatherings:
+                    self._gather()
                 self._tune(adapters, step, last)
             for adapter in adapters:
                 self.tuning = adapter.finish(self.tuning)
             self._report()
         self.clock.warmup_gradients = int(self._gradients)
         self._gradients, self._divergences = self._gradients * 0, self._divergences * 0
+
+    def _gather(self) -> None:
+        """Chains that are lost go on from where others of their data set are."""
+        if self.engine.replicas > 1:
+            return
+        behind, follows = left_behind(self.state.log_prob, self.density.dim, self.num_sets)
+        if bool(behind.any()):
+            self.state = tree_map(lambda value: value[..., follows], self.state)
 
     def _tune(self, adapters: list[Any], step: int, stats: Stats) -> None:
         before = self.tuning.coordinates

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from probgen.core import InputError, Posterior
+from probgen.kernels.core import per_set
 from probgen.randomness import Noise
 from probgen.targets import Density
 
 _RADIUS = 2.0
 _TRIES = 100
+_NATS, _NATS_PER_DIM = 30.0, 2.0  # by which the log density of a chain that is lost is lower
 _KEY = 2**63  # of the noise, beyond those of transitions
 
 
@@ -41,6 +43,30 @@ def starting_points(
         f"No start was found: {_blame(density, u, finite)} is not finite at {_TRIES} random points of unconstrained "
         "space. Check the program's support and data there, or start from draws: infer(..., init=posterior)."
     )
+
+
+def left_behind(log_prob: Tensor, dim: int, num_sets: int) -> tuple[Tensor, Tensor]:
+    """Which chains are lost on their way from the start, and whom each could follow.
+
+    A chain whose log density is below the best one of its data set by more than 30 + 2 dim nats stands where there is
+    next to no mass, as on a plateau far out: a mode there would have to be exp(2) times wider in every direction.
+
+    Args:
+        log_prob: `(n,)`, not finite for chains that are lost too.
+        dim: number of coordinates.
+        num_sets: data sets; chain i belongs to set i mod num_sets.
+
+    Returns which chains are left behind and, for every chain, a chain of its data set that is not, `(n,)` each.
+
+    >>> left_behind(torch.tensor([-3.0, -500.0, -2.0, -4.0]), dim=2, num_sets=1)
+    (tensor([False,  True, False, False]), tensor([0, 2, 2, 3]))
+    """
+    each = per_set(log_prob.nan_to_num(nan=-torch.inf), num_sets)
+    behind = each < each.amax(0) - (_NATS + _NATS_PER_DIM * dim)
+    order = behind.to(torch.int8).argsort(stable=True, dim=0)  # those that are not, first
+    place = torch.arange(len(each), device=each.device)[:, None] % (~behind).sum(0).clamp(min=1)
+    chain = torch.where(behind, order.gather(0, place.expand_as(order)), torch.arange(len(each))[:, None])
+    return behind.flatten(), (chain * num_sets + torch.arange(num_sets)).flatten()
 
 
 def _given(density: Density, num_columns: int, init: Posterior) -> Tensor:

@@ -367,6 +367,23 @@ def _product_with_inverse(at: _Rewriting, did: _Operation) -> Any:
     return at.call(aten.reshape.default, product, list(did.like.shape), like=did.like)
 
 
+def _one_matrix_for_all(at: _Rewriting, did: _Operation) -> Any:
+    """x_b A for every b of a batch, with one constant A, is all rows of x times A at once."""
+    x, matrix = did.args
+    if isinstance(x, Tensor) and isinstance(matrix, fx.Node):  # A x_b = (x_b' A')'
+        turned = did._replace(
+            args=(at.call(aten.permute.default, matrix, [0, 2, 1]), x.mT), like=did.like.mT.contiguous()
+        )
+        product = _one_matrix_for_all(at, turned)
+        return None if product is None else at.call(aten.permute.default, product, [0, 2, 1], like=did.like)
+    if isinstance(matrix, fx.Node) or _narrowed(matrix).stride(0) != 0:
+        return None
+    batch, rows, columns = did.like.shape
+    flat = at.call(aten.reshape.default, x, [batch * rows, matrix.shape[1]])
+    product = at.call(aten.mm.default, flat, matrix[0].contiguous())
+    return at.call(aten.reshape.default, product, [batch, rows, columns], like=did.like)
+
+
 def _columns_last(at: _Rewriting, did: _Operation) -> Any:
     """x' A is (A' x)', for a constant A: chains stay in columns."""
     x, matrix = did.args
@@ -384,6 +401,7 @@ _RULES: dict[Any, tuple[Callable[[_Rewriting, _Operation], Any], ...]] = {
     aten.add.Tensor: (_sum_of_neighbours, _constants_first),
     aten.add.Scalar: (_constants_first,),
     aten.linalg_solve_triangular.default: (_product_with_inverse,),
+    aten.bmm.default: (_one_matrix_for_all,),
     aten.mm.default: (_columns_last,),
     aten.pow.Tensor_Scalar: (_first_power,),
     aten.select_backward.default: (_one_between_zeros,),
