@@ -27,7 +27,7 @@ ENGINES: dict[str, Engine] = {
     "ChEES": ChEES(num_warmup=200, thin=3),
     "NUTS": NUTS(num_warmup=150, thin=2),
     "MALA": MALA(num_warmup=300, thin=30),
-    "ULA": ULA(step_size=0.003, num_warmup=2000, thin=200),
+    "ULA": ULA(step_size=0.001, num_warmup=5000, thin=500),
     "UnderdampedLangevin": UnderdampedLangevin(step_size=0.03, friction=3.0, num_warmup=500, thin=100),
     "ParallelTempering": ParallelTempering(
         HMC(num_steps=8, num_warmup=200), num_temperatures=3, max_temperature=4.0, thin=3
