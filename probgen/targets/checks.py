@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probgen.core import InputError, Target, describe
+from probgen.core import InputError, Target, UnsupportedError, describe
 from probgen.randomness import forked_rng
 from probgen.targets.choosing import Alone
 from probgen.targets.point import Latent, jacobian
@@ -19,6 +19,20 @@ from probgen.targets.routes import Single
 _FAR = (40.0, 80.0)  # the sigmoid is 1 at both in float32, exp is finite at both
 _ROUNDING = 1e-6  # sums on accelerators are not done in the same order twice
 _MOVES = (4.0, -4.0)
+
+
+def check_known(target: Target, name: str, law: Any) -> None:
+    """Raise `UnsupportedError` where the density of a latent is a bound, or not known at all."""
+    kind = getattr(law, "density_kind", "exact")
+    if kind in ("exact", "unnormalised"):
+        return
+    raise UnsupportedError(
+        f"Site {name!r} of {describe(target.program)} has the law {law}, of whose density "
+        + ("a random lower bound is known alone" if kind == "lower bound" else "nothing is known")
+        + ": chains that accept or reject by it would draw from something else. Engines that need no density of a "
+        "prior: TwistedSMC, SplitGibbs, GuidedSDE and GuidedODE for a diffusion or a flow, HMC(space='noise') for what "
+        "is decoded from noise."
+    )
 
 
 def check_repeatable(target: Target, single: Single, u: Tensor, value: float) -> None:
@@ -66,6 +80,8 @@ def check_proper(target: Target, latents: Iterable[Latent], single: Single, alon
     held = torch.stack(grads).ne(0).any(0)
     transforms = single.at(points[0], single.data(0)).transforms
     for latent in latents:
+        if latent.free:
+            continue
         suspects = [i for i in range(latent.start, latent.stop) if not held[i]]
         if suspects and not _is_bounded(transforms[latent.name], latent, points[0]):
             for coordinate in suspects:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from probgen.core import Energetic, InputError, ScoreOnly, Site, Target, describe, given
 from probgen.randomness import forked_rng
 from probgen.targets.bijections import bijection
-from probgen.targets.checks import check_proper, check_repeatable, with_idle_entries
+from probgen.targets.checks import check_known, check_proper, check_repeatable, with_idle_entries
 from probgen.targets.choosing import Alone, choose, probe, probe_points
 from probgen.targets.point import (
     FirstPoint,
@@ -91,9 +92,14 @@ def density(target: Target) -> Density:
 
 
 class ProgramDensity(Density):
-    """The density of a Pyro program's continuous latents, by the fastest route that can be trusted."""
+    """The density of a Pyro program's continuous latents, by the fastest route that can be trusted.
 
-    def __init__(self, target: Target) -> None:
+    Args:
+        target: the program.
+        free: a latent whose own law is left out: p(z, y | x) as a function of x and z, if it is x.
+    """
+
+    def __init__(self, target: Target, free: str = "") -> None:
         self.target, self.sets, self.num_sets = target, dict(target.sets), max(1, target.num_sets)
         self.sets_shown = bool(self.sets)
         sites = target.latents
@@ -101,7 +107,11 @@ class ProgramDensity(Density):
         if not first.latents:
             raise InputError(_nothing_to_draw(target, first))
         _check_same(target, sites, first)
-        self.latents, self.nesting = tuple(first.latents), first.nesting
+        for name, law in first.laws.items():
+            if name != free:
+                check_known(target, name, law)
+        self.latents = tuple(replace(latent, free=latent.name == free) for latent in first.latents)
+        self.nesting = first.nesting
         self.summed_out, self.deterministic = tuple(first.summed_out), first.deterministic
         self.dim, self.device = self.latents[-1].stop, first.device
         self.dtype = max((latent.dtype for latent in self.latents), key=precision)

@@ -45,6 +45,7 @@ class Latent:
         dtype: of its values.
         idle: whether nothing depends on those of its entries that are masked out; they then keep their law, which
             changes nothing else and gives chains something to hold on to.
+        free: whether its own law is left out of the density, which is then a function of the rest of the program.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Latent:
     batch_dims: int
     dtype: torch.dtype
     idle: bool = False
+    free: bool = False
 
 
 class AtPoint(Messenger):
@@ -108,9 +110,11 @@ class AtPoint(Messenger):
             return
         if is_record(msg):
             self.deterministic[msg["name"]] = msg["value"]
+        latent = self.latents.get(msg["name"])
+        if latent is not None and latent.free:
+            return
         log_prob = msg["fn"].log_prob(msg["value"], *msg["args"], **msg["kwargs"])
         counted = scale_and_mask(log_prob, msg["scale"], msg["mask"])
-        latent = self.latents.get(msg["name"])
         if latent is not None and latent.idle:
             counted = torch.where(torch.as_tensor(msg["mask"]), counted, log_prob)
         self.add(msg["name"], counted)
@@ -221,7 +225,7 @@ class FirstPoint(Messenger):
         target: the program.
         dtype: of latents whose laws have none, as improper ones.
 
-    After a run `precise` is the most precise dtype of whatever laws hold or was observed.
+    After a run `precise` is the most precise dtype of whatever laws hold or was observed, `laws` those of the latents.
     """
 
     def __init__(self, target: Target, dtype: torch.dtype) -> None:
@@ -229,6 +233,7 @@ class FirstPoint(Messenger):
         self.target, self.default, self.precise = target, dtype, dtype
         self.latents: list[Latent] = []
         self.masks: dict[str, Tensor] = {}
+        self.laws: dict[str, Any] = {}
         self.deterministic: dict[str, tuple[int, ...]] = {}
         self.summed_out: list[str] = []
         self.nesting = 0
@@ -268,6 +273,7 @@ class FirstPoint(Messenger):
 
     def _place(self, msg: Any) -> Tensor:
         name, fn = msg["name"], msg["fn"]
+        self.laws[name] = innermost(fn)
         transform = _bijection_of(name, fn)
         shape = tuple(fn.shape())
         unconstrained = tuple(transform.inverse_shape(shape))

@@ -226,14 +226,22 @@ def innermost(law: Any) -> Any:
 
 
 class FlatStart(Messenger):
-    """Gives sites with an improper law, which cannot be drawn from, a value inside their support."""
+    """Gives sites that cannot be drawn from, or only at a price, a value inside their support.
+
+    These are sites with an improper law, and those whose law has a `stand_in()`: reading never draws from a `Prior`.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] and isinstance(innermost(msg["fn"]), ImproperUniform):
+        if msg["is_observed"]:
+            return
+        law = innermost(msg["fn"])
+        if hasattr(law, "stand_in"):
+            msg["value"], msg["done"] = law.stand_in().expand(msg["fn"].shape()), True
+        elif isinstance(law, ImproperUniform):
             transform = bijection(msg["fn"])
             shape = msg["fn"].shape()
             msg["value"] = transform(torch.zeros(transform.inverse_shape(shape), dtype=self.dtype)).expand(
