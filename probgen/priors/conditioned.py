@@ -6,8 +6,6 @@ rows: x `(n, *shape)`, z in unconstrained coordinates `(n, k)`; row i belongs to
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -24,7 +22,7 @@ from probgen.priors.observed import SeenByVmap
 from probgen.priors.prior import Prior
 from probgen.processes import Process
 from probgen.randomness import forked_rng
-from probgen.targets import restored_store, site_dims
+from probgen.targets import restored_store
 from probgen.targets.density import ProgramDensity
 from probgen.targets.point import Values
 from probgen.targets.reading import FlatStart, innermost
@@ -235,7 +233,9 @@ class Conditioned:
         if self._seen is None or self.num_others or self.aware:
             return None
         probes = self._probes()
-        seen, jacobian, slope = self._seen.linearised(probes, self.rows)
+        _, jacobian, slope = self._seen.linearised(probes, self.rows)
+        if not jacobian.shape[1]:
+            return None
         size = jacobian.abs().max()
         same = (jacobian - jacobian[:1]).abs().max() <= _LINEAR * size
         if not bool(same) or bool(slope.abs().max() > 0):

@@ -56,7 +56,7 @@ class Guidance(Method):
     """
 
     twist: ClassVar[bool] = True
-    """Whether `log_prob` is a density that tends to p(y | x_0) as t goes to 0, so that particles can be weighted by it."""
+    """Whether `log_prob` tends to log p(y | x_0) as t goes to 0, so that particles can be weighted by it."""
 
     def covariance(self, conditioned: Conditioned, look: Denoised) -> Covariance:
         """Cov[x_0 | x_t]."""

@@ -1,4 +1,4 @@
-"""A classifier that knows how noisy its input is, as a likelihood: p(c | x) for any engine, p(c | x_t, t) for guided ones."""
+"""A classifier that knows how noisy its input is, as a likelihood p(c | x), and p(c | x_t, t) for guided engines."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class NoiseAware(TorchDistribution):
     engines that follow x_t ask it for `log_prob_at(c, x_t, t)`, which needs no approximation.
 
     Args:
-        classifier: `(x, t) -> logits`, x `(rows, *event)`, t `(rows,)` in [0, 1] -> `(rows, num_classes)`, fitted at all
-            noise levels; with an `event_shape` where x has batch dimensions.
+        classifier: `(x, t) -> logits`, x `(rows, *event)`, t `(rows,)` in [0, 1] -> `(rows, num_classes)`, fitted at
+            all noise levels; with an `event_shape` where x has batch dimensions.
         x: the value of the prior's site, `(*batch, *event)`.
         validate_args: check values; None takes torch's setting.
 
@@ -85,8 +85,8 @@ class NoiseAware(TorchDistribution):
         except TypeError as error:
             raise InputError(
                 f"NoiseAware needs a classifier (x, t) -> logits, x {tuple(rows.shape)}, t ({len(rows)},); "
-                f"{describe(self.classifier)} failed: {error}. One without t knows clean data alone: give its logits to "
-                "a Categorical, which guidance then evaluates at E[x_0 | x_t]."
+                f"{describe(self.classifier)} failed: {error}. One without t knows clean data alone: give its logits "
+                "to a Categorical, which guidance then evaluates at E[x_0 | x_t]."
             ) from error
         if logits.ndim != 2 or len(logits) != len(rows):
             raise InputError(

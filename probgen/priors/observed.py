@@ -1,4 +1,4 @@
-"""What was observed of a prior's draw, at one point: Gaussian sites as whitened residuals, the others as log densities."""
+"""What was observed of a prior's draw: Gaussian sites as whitened residuals, the others as log densities."""
 
 from __future__ import annotations
 
@@ -101,7 +101,8 @@ class SeenByVmap(Vmap):
         pulled: Any = torch.func.vjp(of_rows, u[rows], has_aux=True)
         (residual, rest), pullback, log_scale = pulled
         eye = torch.eye(len(residual), dtype=u.dtype, device=u.device)
-        jacobian = torch.func.vmap(lambda row: pullback((row, torch.zeros_like(rest)))[0])(eye)
+        rows_of = torch.func.vmap(lambda row: pullback((row, torch.zeros_like(rest)))[0])
+        jacobian = rows_of(eye) if len(eye) else eye @ u[:0, None].expand(0, rows.stop - rows.start)
         slope = pullback((torch.zeros_like(residual), torch.ones_like(rest)))[0]
         return {
             "residual": residual,
@@ -118,8 +119,9 @@ class SeenByVmap(Vmap):
 def whitened(law: Any, value: Tensor) -> tuple[Tensor, Tensor] | None:
     """(L^-1 (value - loc), -log |L| - k/2 log 2 pi) of a Gaussian law of k values; None of any other.
 
-    >>> residual, log_scale = whitened(Normal(torch.zeros(2), 2.0), torch.ones(2))
-    >>> residual, bool(torch.allclose(log_scale - 0.5 * residual**2, Normal(torch.zeros(2), 2.0).log_prob(torch.ones(2))))
+    >>> law, value = Normal(torch.zeros(2), 2.0), torch.ones(2)
+    >>> residual, log_scale = whitened(law, value)
+    >>> residual, bool(torch.allclose(log_scale - 0.5 * residual**2, law.log_prob(value)))
     (tensor([0.5000, 0.5000]), True)
     """
     if isinstance(law, Independent):

@@ -119,9 +119,7 @@ class Prior(TorchDistribution):
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draws that are differentiable in the weights: noise carried along the flow."""
         if not self.has_rsample:
-            raise UnsupportedError(
-                f"Draws of {self} are not differentiable: it is no diffusion and no flow."
-            )
+            raise UnsupportedError(f"Draws of {self} are not differentiable: it is no diffusion and no flow.")
         return self._law().rsample(torch.Size(sample_shape))
 
     def _drawn(self, sample_shape: torch.Size) -> Tensor:
@@ -159,9 +157,7 @@ class Prior(TorchDistribution):
             self._validate_sample(value)
         if not isinstance(self.program, Normalised) and self._flows:
             return self._law().log_prob(value)
-        rows = torch.broadcast_shapes(
-            value.shape[: value.ndim - len(self.event_shape)], self.batch_shape
-        )
+        rows = torch.broadcast_shapes(value.shape[: value.ndim - len(self.event_shape)], self.batch_shape)
         x = value.expand(rows + self.event_shape).reshape(-1, *self.event_shape)
         return self._density(x).reshape(rows)
 
@@ -174,10 +170,14 @@ class Prior(TorchDistribution):
             return -program.energy(x)
         if isinstance(program, Guided):
             return _elbo(program, Batch({"x": x}, c))
-        raise UnsupportedError(f"{self} has no density: draw from it, or condition it by an engine for scores.")
+        raise UnsupportedError(
+            f"{self} has no density: draw from it, or condition it by an engine for scores."
+        )
 
     def _law(self) -> FlowLaw:
-        return FlowLaw(self.program, self.condition, self.num_steps, validate_args=False).expand(self.batch_shape)
+        return FlowLaw(self.program, self.condition, self.num_steps, validate_args=False).expand(
+            self.batch_shape
+        )
 
     def _rows_of_condition(self, rows: int) -> Tensor | None:
         if self.condition is None:

@@ -32,7 +32,9 @@ class Step(NamedTuple):
     flow_on_score: float
 
 
-def reverse_steps(process: Process, grid: Grid | str, num_steps: int, start: float | None = None) -> list[Step]:
+def reverse_steps(
+    process: Process, grid: Grid | str, num_steps: int, start: float | None = None
+) -> list[Step]:
     """The steps from `start`, t_max where it is None, down to t_min.
 
     >>> from probgen.processes import VP
@@ -45,9 +47,21 @@ def reverse_steps(process: Process, grid: Grid | str, num_steps: int, start: flo
     t, s = times[:-1], times[1:]
     on_x, on_x_0, variance = process.bridge_coefficients(s, t)
     if on_x.ndim > 1:
-        raise InputError("Steps with known transitions need one alpha and one sigma a time for all coordinates.")
+        raise InputError(
+            "Steps with known transitions need one alpha and one sigma a time for all coordinates."
+        )
     spread = process.sigma(t).square() / process.alpha(t)
     flow_on_x = process.sigma(s) / process.sigma(t)
     flow_on_x_0 = process.alpha(s) - process.alpha(t) * flow_on_x
-    columns = (t, s, on_x, on_x_0, variance.sqrt(), on_x_0 * spread, flow_on_x, flow_on_x_0, flow_on_x_0 * spread)
+    columns = (
+        t,
+        s,
+        on_x,
+        on_x_0,
+        variance.sqrt(),
+        on_x_0 * spread,
+        flow_on_x,
+        flow_on_x_0,
+        flow_on_x_0 * spread,
+    )
     return [Step(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]

@@ -1,8 +1,8 @@
 """Maps from unconstrained space onto the support of a law.
 
-PyTorch's own `biject_to` serves declared supports. It has no map for triangular and positive definite matrices, and
-takes the word of transformed laws, which declare where their last transform ends and not where their values lie: of
-5 * sigmoid(z) the whole line.
+PyTorch's own `biject_to` serves declared supports. It has no map for triangular and positive definite matrices, a steep
+one for positive increasing vectors, and takes the word of transformed laws, which declare where their last transform
+ends and not where their values lie: of 5 * sigmoid(z) the whole line.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ def _onto(support: Any) -> Transform:
         return Triangular("positive")
     if isinstance(support, (type(constraints.positive_definite), type(constraints.positive_semidefinite))):
         return ComposeTransform([Triangular("positive"), CholeskyTransform().inv])
+    if isinstance(support, type(constraints.positive_ordered_vector)):
+        return PositiveOrdered()
     return biject_to(getattr(support, "base_constraint", support) if _is_mixture(support) else support)
 
 
@@ -128,3 +130,30 @@ class Triangular(Transform):
     def _order(self, m: int) -> int:
         """n from m = n (n + 1) / 2, or n (n - 1) / 2."""
         return round((((8 * m + 1) ** 0.5) - 1) / 2) + 1 - self._beyond
+
+
+class PositiveOrdered(Transform):
+    """Vectors x `(..., n)` to positive increasing ones: y_i = exp(x_1) + ... + exp(x_i).
+
+    Pyro's map is exp of an increasing vector. There y_2 = y_1 exp(exp(x_2)) is known from data only where x_2 follows
+    log y_1 along a bend, and chains diverge as y_1 nears 0; here y_2 forgets y_1 on the way.
+
+    Source: Stan reference manual, "Positive ordered vector".
+
+    >>> PositiveOrdered()(torch.tensor([0.0, 0.0, 0.0]))
+    tensor([1., 2., 3.])
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.positive_ordered_vector
+    bijective = True
+
+    def _call(self, x: Tensor) -> Tensor:
+        return x.exp().cumsum(-1)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return y.diff(dim=-1, prepend=torch.zeros_like(y[..., :1])).log()
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """The sum of x, `(...)`."""
+        return x.sum(-1)
