@@ -96,8 +96,9 @@ class Conditioned:
     >>> import pyro, pyro.distributions as dist
     >>> from probgen.models.gaussian_mixture import GaussianMixture
     >>> from probgen.targets import read
+    >>> mixture = GaussianMixture.example()
     >>> def seen():
-    ...     x = pyro.sample("x", Prior(GaussianMixture.example()))
+    ...     x = pyro.sample("x", Prior(mixture))
     ...     pyro.sample("y", dist.Normal(x[..., 0], 0.5))
     >>> conditioned = Conditioned(read(seen, {"y": torch.tensor(1.0)}))
     >>> conditioned.name, conditioned.shape, conditioned.others, conditioned.linear is not None

@@ -40,10 +40,11 @@ def reverse_steps(
     >>> from probgen.processes import VP
     >>> steps = reverse_steps(VP(), "quadratic", 3)
     >>> [round(step.t, 3) for step in steps], steps[-1].s
-    ([1.0, 0.451, 0.115], 0.001)
+    ([1.0, 0.459, 0.126], 0.001)
     """
     u = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
     times = as_grid(grid).between(start or process.t_max, process.t_min, process).time(u)
+    times[-1] = process.t_min  # whatever rounding made of it
     t, s = times[:-1], times[1:]
     on_x, on_x_0, variance = process.bridge_coefficients(s, t)
     if on_x.ndim > 1:
