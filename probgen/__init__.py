@@ -25,6 +25,8 @@ _HOME = {
     "arviz_io": ["to_arviz"],
     "conditioning": ["Labels", "Vector"],
     "distributions": ["FlowLaw"],
+    "priors.prior": ["Prior"],
+    "priors.noise_aware": ["NoiseAware"],
     "models": [
         "DDPM",
         "VAE",
@@ -39,7 +41,9 @@ _HOME = {
         "FlowMatching",
         "NCSN",
         "NeuralSDE",
+        "Pretrained",
         "ScoreSDE",
+        "load_network",
     ],
     "objectives": [
         "ELBO",
@@ -60,6 +64,7 @@ _HOME = {
         "Guide",
         "ProbabilityFlowODE",
         "ReverseSDE",
+        "SDEdit",
         "AnnealedLangevin",
         "FlowSDE",
         "PredictorCorrector",
@@ -167,6 +172,7 @@ if TYPE_CHECKING:
     from probgen.inference import (
         ReverseSDE as ReverseSDE,
     )
+    from probgen.inference import SDEdit as SDEdit
     from probgen.inference import UnderdampedLangevin as UnderdampedLangevin
     from probgen.kernels.state import ChainState as ChainState
     from probgen.kernels.streaming import moments as moments
@@ -195,11 +201,13 @@ if TYPE_CHECKING:
         GaussianMixture as GaussianMixture,
     )
     from probgen.models import NeuralSDE as NeuralSDE
+    from probgen.models import Pretrained as Pretrained
     from probgen.models import Score as Score
     from probgen.models import ScoreSDE as ScoreSDE
     from probgen.models import (
         SemiSupervisedVAE as SemiSupervisedVAE,
     )
+    from probgen.models import load_network as load_network
     from probgen.nets import MLP as MLP
     from probgen.nets import TimeMLP as TimeMLP
     from probgen.nets import UNet as UNet
@@ -211,6 +219,8 @@ if TYPE_CHECKING:
     from probgen.objectives import ImplicitScoreMatching as ImplicitScoreMatching
     from probgen.objectives import SimpleLoss as SimpleLoss
     from probgen.objectives import SlicedScoreMatching as SlicedScoreMatching
+    from probgen.priors.noise_aware import NoiseAware as NoiseAware
+    from probgen.priors.prior import Prior as Prior
     from probgen.processes import EDM as EDM
     from probgen.processes import OU as OU
     from probgen.processes import VE as VE

@@ -15,6 +15,7 @@ from probgen.inference.parallel_tempering import ParallelTempering
 from probgen.inference.predictor_corrector import PredictorCorrector
 from probgen.inference.probability_flow_ode import ProbabilityFlowODE
 from probgen.inference.reverse_sde import ReverseSDE
+from probgen.inference.sdedit import SDEdit
 from probgen.inference.sgld import SGLD
 from probgen.inference.svi import SVI
 from probgen.inference.ula import ULA
@@ -39,5 +40,6 @@ __all__ = [
     "PredictorCorrector",
     "ProbabilityFlowODE",
     "ReverseSDE",
+    "SDEdit",
     "UnderdampedLangevin",
 ]

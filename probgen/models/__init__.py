@@ -10,6 +10,7 @@ from probgen.models.gaussian_chain import GaussianChain
 from probgen.models.gaussian_mixture import GaussianMixture
 from probgen.models.ncsn import NCSN
 from probgen.models.neural_sde import NeuralSDE
+from probgen.models.pretrained import Pretrained, load_network
 from probgen.models.score import Score
 from probgen.models.score_sde import ScoreSDE
 from probgen.models.vae import (
@@ -37,10 +38,12 @@ __all__ = [
     "GaussianMixture",
     "MixturePrior",
     "NeuralSDE",
+    "Pretrained",
     "Score",
     "ScoreSDE",
     "SemiSupervisedVAE",
     "StandardNormalPrior",
     "gaussian_posterior",
+    "load_network",
     "point_posterior",
 ]

@@ -227,7 +227,7 @@ class ProgramInitial:
 
 def _cheapest_permutation(x_0: Tensor, x_1: Tensor, condition: Tensor | None) -> Tensor:
     """The permutation of x_1 that minimises sum |x_0 - x_1|^2, among rows of equal condition."""
-    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+    from scipy.optimize import linear_sum_assignment
 
     cost = torch.cdist(x_0.flatten(1).double(), x_1.flatten(1).double()).square()
     if (
