@@ -73,7 +73,8 @@ class SDEdit(FlowEngine):
             raise InputError(f"guide: expected the shape of one datum, {shape}, got {tuple(self.guide.shape)}.")
         if not process.t_min < self.start <= process.t_max:
             raise InputError(
-                f"start must lie in ({process.t_min:g}, {process.t_max:g}], the times of the process, got {self.start!r}."
+                f"start must lie in ({process.t_min:g}, {process.t_max:g}], the times of the process, got "
+                f"{self.start!r}."
             )
         fresh = noise(0)
         law = process.marginal(self.guide.to(fresh)[None], torch.tensor([self.start], dtype=torch.float64))

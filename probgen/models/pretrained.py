@@ -177,6 +177,7 @@ class Scheduled(Process):
     """
 
     schedule: Any = None
+    paper: ClassVar[str] = "Kingma et al. 2021, arXiv 2107.00630"
 
     def alpha(self, t: Tensor) -> Tensor:
         return cast(Tensor, self.schedule(t)[0]).expand_as(t)
@@ -200,6 +201,7 @@ class Tabulated(Process):
     """
 
     alphas_cumprod: tuple[float, ...] = ()
+    paper: ClassVar[str] = "Ho et al. 2020, arXiv 2006.11239"
 
     @staticmethod
     def of(alphas_cumprod: Any) -> Tabulated:
