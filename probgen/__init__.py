@@ -26,6 +26,12 @@ _HOME = {
     "conditioning": ["Labels", "Vector"],
     "distributions": ["FlowLaw"],
     "priors.prior": ["Prior"],
+    "priors.guidance": ["Jensen", "PiGDM"],
+    "priors.dps": ["DPS"],
+    "priors.moment_matching": ["MomentMatching"],
+    "priors.classifier": ["ClassifierGuidance"],
+    "priors.classifier_free": ["ClassifierFree"],
+    "priors.noise_space": ["NoiseSpace"],
     "priors.noise_aware": ["NoiseAware"],
     "models": [
         "DDPM",
@@ -62,6 +68,10 @@ _HOME = {
         "Ancestral",
         "DPMSolver",
         "Guide",
+        "GuidedODE",
+        "GuidedSDE",
+        "SplitGibbs",
+        "TwistedSMC",
         "ProbabilityFlowODE",
         "ReverseSDE",
         "SDEdit",
@@ -77,8 +87,20 @@ _HOME = {
         "ParallelTempering",
         "UnderdampedLangevin",
     ],
-    "evidence": ["ELBOEstimate", "ImportanceWeighted", "ODELikelihood"],
-    "diagnostics": ["agree", "fokker_planck", "frechet_distance", "lipschitz", "loo", "predict", "summary"],
+    "evidence": ["ELBOEstimate", "ImportanceWeighted", "ODELikelihood", "SMCEvidence"],
+    "diagnostics": [
+        "agree",
+        "c2st",
+        "coverage",
+        "fokker_planck",
+        "frechet_distance",
+        "lipschitz",
+        "loo",
+        "predict",
+        "sbc",
+        "summary",
+        "tarp",
+    ],
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 _FOLDERS = ("evidence",)  # a folder that is also a verb
@@ -113,6 +135,8 @@ if TYPE_CHECKING:
     from probgen.diagnostics import (
         agree as agree,
     )
+    from probgen.diagnostics import c2st as c2st
+    from probgen.diagnostics import coverage as coverage
     from probgen.diagnostics import (
         fokker_planck as fokker_planck,
     )
@@ -128,13 +152,16 @@ if TYPE_CHECKING:
     from probgen.diagnostics import (
         predict as predict,
     )
+    from probgen.diagnostics import sbc as sbc
     from probgen.diagnostics import (
         summary as summary,
     )
+    from probgen.diagnostics import tarp as tarp
     from probgen.distributions import FlowLaw as FlowLaw
     from probgen.evidence import ELBOEstimate as ELBOEstimate
     from probgen.evidence import ImportanceWeighted as ImportanceWeighted
     from probgen.evidence import ODELikelihood as ODELikelihood
+    from probgen.evidence import SMCEvidence as SMCEvidence
     from probgen.fitting import History as History
     from probgen.fitting import Optim as Optim
     from probgen.fitting import fit as fit
@@ -164,6 +191,8 @@ if TYPE_CHECKING:
     from probgen.inference import (
         Guide as Guide,
     )
+    from probgen.inference import GuidedODE as GuidedODE
+    from probgen.inference import GuidedSDE as GuidedSDE
     from probgen.inference import ParallelTempering as ParallelTempering
     from probgen.inference import PredictorCorrector as PredictorCorrector
     from probgen.inference import (
@@ -173,6 +202,8 @@ if TYPE_CHECKING:
         ReverseSDE as ReverseSDE,
     )
     from probgen.inference import SDEdit as SDEdit
+    from probgen.inference import SplitGibbs as SplitGibbs
+    from probgen.inference import TwistedSMC as TwistedSMC
     from probgen.inference import UnderdampedLangevin as UnderdampedLangevin
     from probgen.kernels.state import ChainState as ChainState
     from probgen.kernels.streaming import moments as moments
@@ -219,7 +250,14 @@ if TYPE_CHECKING:
     from probgen.objectives import ImplicitScoreMatching as ImplicitScoreMatching
     from probgen.objectives import SimpleLoss as SimpleLoss
     from probgen.objectives import SlicedScoreMatching as SlicedScoreMatching
+    from probgen.priors.classifier import ClassifierGuidance as ClassifierGuidance
+    from probgen.priors.classifier_free import ClassifierFree as ClassifierFree
+    from probgen.priors.dps import DPS as DPS
+    from probgen.priors.guidance import Jensen as Jensen
+    from probgen.priors.guidance import PiGDM as PiGDM
+    from probgen.priors.moment_matching import MomentMatching as MomentMatching
     from probgen.priors.noise_aware import NoiseAware as NoiseAware
+    from probgen.priors.noise_space import NoiseSpace as NoiseSpace
     from probgen.priors.prior import Prior as Prior
     from probgen.processes import EDM as EDM
     from probgen.processes import OU as OU

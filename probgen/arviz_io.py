@@ -22,6 +22,7 @@ from probgen.replay import (
     improper,
     log_likelihood,
     observations,
+    observed,
     one_at_a_time,
     predictions,
     require_target,
@@ -91,14 +92,19 @@ def to_groups(posterior: Posterior, *, groups: Collection[str] | None = None, se
     """The same as `to_arviz` hands over, without ArviZ: arrays by group and variable, with dims and coords."""
     if groups is None:
         groups = [name for name in GROUPS if not unavailable(posterior, name)]
+    else:
+        _check_available(posterior, groups)
+    values = {name: _arrays(tensors) for name, tensors in _group_values(posterior, groups, seed).items()}
+    dims = {_safe(site): [_safe(dim) for dim in names] for site, names in _dims(posterior, groups).items()}
+    return Groups(values, dims, {_safe(dim): np.asarray(labels) for dim, labels in posterior.coords.items()})
+
+
+def _check_available(posterior: Posterior, groups: Collection[str]) -> None:
     for name in groups:
         if name not in GROUPS:
             raise InputError(f"ArviZ group {name!r} is not one of probgen's; {did_you_mean(name, GROUPS)}")
         if reason := unavailable(posterior, name):
             raise InputError(f"Group {name!r} cannot be given: {reason}. Leave it out of groups=.")
-    values = {name: _arrays(tensors) for name, tensors in _group_values(posterior, groups, seed).items()}
-    dims = {_safe(site): [_safe(dim) for dim in names] for site, names in _dims(posterior, groups).items()}
-    return Groups(values, dims, {_safe(dim): np.asarray(labels) for dim, labels in posterior.coords.items()})
 
 
 def unavailable(posterior: Posterior, group: str) -> str:
@@ -112,7 +118,7 @@ def unavailable(posterior: Posterior, group: str) -> str:
         return "the posterior does not know its program"
     if reason := one_at_a_time(posterior):
         return reason
-    if not observations(target):
+    if not observed(target):
         return "nothing was observed"
     if group in ("log_likelihood", "posterior_predictive"):
         missing = unrecorded(posterior, summed_out=group == "log_likelihood")
@@ -275,10 +281,10 @@ def _prior_values(
     sites = {
         name: value[None] for name, value in simulations(target, num_draws=_PRIOR_DRAWS, seed=seed).items()
     }
-    observed = observations(target)
+    data = observed(target)
     parts = {
-        "prior": {name: value for name, value in sites.items() if name not in observed},
-        "prior_predictive": {name: value for name, value in sites.items() if name in observed},
+        "prior": {name: value for name, value in sites.items() if name not in data},
+        "prior_predictive": {name: value for name, value in sites.items() if name in data},
     }
     return {name: parts[name] for name in groups}
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from probgen.bounds import sample_sites, validation
 from probgen.core import InputError, Posterior, Target, describe
+from probgen.priors.prior import Prior
 from probgen.randomness import forked_rng
 from probgen.targets import frozen, read, restored_store
 from probgen.targets.reading import FlatStart, innermost
@@ -29,15 +30,19 @@ Pick = Callable[[dict[str, Node]], dict[str, Tensor]]
 _DRAWS_AT_ONCE = 64  # bounds the memory that a batch of runs holds
 
 
+def observed(target: Target) -> list[str]:
+    """Every observed site, whether given as data or by the program's own `obs=`."""
+    if target.per_row:
+        return list(target.data)
+    return [name for name, site in target.sites.items() if site.observed]
+
+
 def observations(target: Target) -> dict[str, Tensor]:
-    """The value of every observed site, whether given as data or by the program's own `obs=`."""
+    """The value of every observed site."""
     if target.per_row:
         return dict(target.data)
-    return {
-        name: node["value"]
-        for name, node in _once(target).items()
-        if node["is_observed"] and not _is_bookkeeping(node)
-    }
+    nodes = _once(target)
+    return {name: nodes[name]["value"] for name in observed(target)}
 
 
 def improper(target: Target) -> list[str]:
@@ -78,7 +83,7 @@ def log_likelihood(posterior: Posterior) -> dict[str, Tensor]:
     several data sets.
     """
     target = require_target(posterior)
-    names = set(_observed(target))
+    names = _require_observed(target)
     _require_draws(posterior, summed_out=True)
 
     def pick(nodes: dict[str, Node]) -> dict[str, Tensor]:
@@ -105,7 +110,7 @@ def predictions(
     """
     old = require_target(posterior)
     target = read(old.program, None, args) if args else old
-    names = set(_observed(old))
+    names = _require_observed(old)
     _require_draws(posterior, summed_out=False)
     kept = _evenly_spaced(posterior.num_draws, num_draws)
     held = {site: posterior[site][:, kept].flatten(0, 1) for site in _held(posterior)}
@@ -125,8 +130,18 @@ def simulations(target: Target, *, num_draws: int, seed: int = 0) -> dict[str, T
             f"{describe(target.program)} cannot be simulated: {', '.join(map(repr, names))} has an improper law. Give "
             "it a proper prior, or observe it."
         )
-    count = {"": torch.arange(num_draws)}  # fixes no site; it tells how many runs
-    return _over_draws(target, poutine.uncondition(target.model), count, _values(None), seed=seed)
+    held = {"": torch.arange(num_draws)}  # fixes no site; it tells how many runs
+    if priors := _fitted_laws(target):
+        with _quietly(target, seed):
+            held |= {name: law.sample((num_draws,)) for name, law in priors.items()}
+            seed = int(torch.randint(2**62, ()))  # the other sites must not be drawn from the same noise
+    return _over_draws(target, poutine.uncondition(target.model), held, _values(None), seed=seed)
+
+
+def _fitted_laws(target: Target) -> dict[str, Any]:
+    """Laws of fitted programs that nothing else in the program decides: all draws of them take one run of a network."""
+    laws = {name: node["fn"] for name, node in _once(target).items() if not node["is_observed"]}
+    return {name: law for name, law in laws.items() if isinstance(law, Prior) and law.condition is None}
 
 
 def require_target(posterior: Posterior) -> Target:
@@ -139,14 +154,15 @@ def require_target(posterior: Posterior) -> Target:
     return posterior.target
 
 
-def _observed(target: Target) -> dict[str, Tensor]:
-    observed = observations(target)
-    if not observed:
+def _require_observed(target: Target) -> set[str]:
+    """The observed sites; `InputError` where there are none."""
+    names = set(observed(target))
+    if not names:
         raise InputError(
             f"Nothing was observed of {describe(target.program)}: there is no data to predict or to score. "
             "Pass data= to probgen.infer, or simulate with predict(program, num_draws=...)."
         )
-    return observed
+    return names
 
 
 def _held(posterior: Posterior) -> list[str]:

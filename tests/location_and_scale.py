@@ -186,5 +186,32 @@ def calibrate(engine: Engine, num_sets: int, seed: int) -> Calibration:
     )
 
 
+SLOPE_AT = torch.linspace(-0.5, 1.5, NUM_DATA)
+
+
+def lines(num_sets: int) -> None:
+    """For every data set a line and five y ~ N(loc + slope t, 1), two of them at a time: one posterior of all lines."""
+    with pyro.plate("set", num_sets, dim=-2):
+        loc, slope = pyro.sample("loc", dist.Normal(*LOC_PRIOR)), pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("datum", NUM_DATA, subsample_size=2, dim=-1) as rows:
+            pyro.sample("y", dist.Normal(loc + slope * SLOPE_AT[rows], 1.0))
+
+
+def calibrate_on_minibatches(engine: Engine, num_sets: int, seed: int) -> Calibration:
+    """The same for engines of minibatches, which take no data sets: each is a line of one posterior."""
+    with forked_rng(seed):
+        truth = {"loc": simulate(num_sets).loc, "slope": torch.randn(num_sets, dtype=torch.float64)}
+        y = observe(truth["loc"], torch.ones(num_sets)) + truth["slope"][:, None] * SLOPE_AT
+    posterior = infer(
+        partial(lines, num_sets),
+        engine,
+        data={"y": y.float()},
+        num_draws=DRAWS_OF_EACH,
+        num_chains=NUM_CHAINS,
+        seed=seed,
+    )
+    return Calibration(truth, {name: posterior.flat(name).double().squeeze(-1) for name in truth})
+
+
 def smallest(found: dict[str, Uniformity]) -> float:
     return min(min(p_values) for p_values in found.values())

@@ -47,18 +47,17 @@ def lotka_volterra() -> Case:
         }
         sigma = pyro.sample("sigma", dist.LogNormal(real(SIGMA_PRIOR[0]), SIGMA_PRIOR[1]))
 
+        alone = torch.stack([rate["birth"], -rate["death"]], -1)
+        together = torch.stack([-rate["predation"], rate["growth"]], -1)
+
         def field(t: Tensor, populations: Tensor) -> Tensor:
-            prey, predators = populations.unbind(-1)
-            return torch.stack(
-                [
-                    (rate["birth"] - rate["predation"] * predators) * prey,
-                    (rate["growth"] * prey - rate["death"]) * predators,
-                ],
-                -1,
-            )
+            return (alone + together * populations.flip(-1)) * populations
 
         first = start.expand(*rate["birth"].shape, 2)
-        path = odeint(field, first, times, rtol=1e-5, atol=1e-6)[1:].movedim(0, -2)
+        # Far out the ODE is stiff: one solution there would take minutes. It fails instead, and log p is -inf.
+        limit = {"max_num_steps": 50}
+        path = odeint(field, first, times, rtol=1e-5, atol=1e-6, method="dopri5", options=limit)
+        path = path[1:].movedim(0, -2)
         pyro.sample("y", dist.LogNormal(path.log(), sigma[..., None, None]).to_event(2))
 
     return Case(program, {"y": y})

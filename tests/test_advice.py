@@ -18,7 +18,7 @@ from torch import Tensor
 
 from probgen.arviz_io import to_arviz
 from probgen.core import Cost, DataSets, InputError, Posterior
-from probgen.diagnostics.agree import agree
+from probgen.diagnostics.agreement import agree
 from probgen.diagnostics.loo import loo
 from probgen.diagnostics.plots import plot_ranks, plot_traces
 from probgen.diagnostics.predict import predict
@@ -205,7 +205,7 @@ def test_data_sets_are_summarised_each(side_by_side: Posterior) -> None:
     assert list(verdict.table.index) == ["loc[0]", "loc[1]", "scale[0]", "scale[1]", "ratio[0]", "ratio[1]"]
     assert "4 x 60 draws of each of 2 data sets by HMC" in str(verdict)
     assert "loc: 2, mean" in str(side_by_side)
-    assert agree(side_by_side, side_by_side).ok
+    assert agree({"one": side_by_side, "the same": side_by_side}).ok
 
 
 def test_a_chain_stuck_in_one_data_set_is_named(side_by_side: Posterior) -> None:

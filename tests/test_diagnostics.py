@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 
 from probgen.core import Batch, Cost, Estimate, InputError, Posterior
-from probgen.diagnostics.agree import agree
-from probgen.diagnostics.agree import example as disagreement
 from probgen.diagnostics.loo import example as exact_mean
 from probgen.diagnostics.loo import loo
 from probgen.diagnostics.predict import example as expected_data
@@ -148,71 +146,6 @@ def test_summary_refuses_what_it_cannot_judge() -> None:
     with pytest.raises(InputError, match="did you mean 'tau'"):
         summary(chains(), sites=["tua"])
     assert list(summary(chains(), sites=["tau"]).table.index) == ["tau"]
-
-
-# --- agree ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_two_draws_of_one_law_agree(seed: int) -> None:
-    """Independent draws against chains whose ESS is about 900 of 8,000: sqrt(n) alone would be 3 times off."""
-    exact = of_kind("iid", torch.randn(1, 5000, generator=torch.Generator().manual_seed(seed)))
-    correlated = of_kind("mcmc", autoregressive(4, 2000, 0.8, seed=seed + 100))
-    assert agree(exact, correlated).ok
-    assert agree(correlated, exact).ok
-
-
-def test_errors_are_those_of_correlated_draws() -> None:
-    """Over 40 pairs of chains z has variance 1 +- 0.22; taken for independent draws it would be 9."""
-    pairs = [autoregressive(8, 500, 0.8, seed).split(4) for seed in range(40)]
-    z = np.array([agree(of_kind("mcmc", a), of_kind("mcmc", b)).z["z"] for a, b in pairs])
-    naive = np.array([agree(of_kind("iid", a), of_kind("iid", b)).z["z"][0] for a, b in pairs])
-    assert (np.abs(z.std(0) - 1) < 4.5 / math.sqrt(2 * 40)).all()
-    assert naive.std() > 2
-
-
-@pytest.mark.parametrize(
-    ("broken", "worst"), [(lambda x: x + 1, "mean of z"), (lambda x: 1.2 * x, "sd of z")]
-)
-def test_a_shift_of_one_sd_and_a_wrong_sd_are_seen(broken: Callable[[Tensor], Tensor], worst: str) -> None:
-    a, b = of_kind("mcmc", autoregressive(4, 2000, 0.5, 0)), of_kind("mcmc", autoregressive(4, 2000, 0.5, 1))
-    assert agree(a, b).ok
-    found = agree(a, replace(b, draws={"z": broken(b["z"])}))
-    assert not found.ok
-    assert found.worst == worst
-    assert "disagree" in str(found)
-
-
-def test_disagreement_names_the_entry() -> None:
-    assert "mean of z[" in str(disagreement())
-
-
-def test_the_error_of_resampled_draws_comes_from_runs() -> None:
-    """Each run is one number repeated 1,000 times: 6 numbers, however many draws."""
-    runs = torch.randn(6, 1, generator=torch.Generator().manual_seed(0)).expand(6, 1000)
-    exact = of_kind("iid", torch.randn(1, 5000, generator=torch.Generator().manual_seed(1)))
-    error = runs[:, 0].std() / math.sqrt(6)
-    z = (runs.mean() - exact["z"].mean()) / math.hypot(error, 1 / math.sqrt(5000))
-    assert agree(of_kind("weighted", runs), exact).z["z"][0] == pytest.approx(float(z), rel=0.01)
-    assert (
-        abs(agree(of_kind("iid", runs), exact).z["z"][0]) > 4.5
-    )  # the broken twin: draws counted as independent
-    with pytest.raises(InputError, match="num_chains >= 2"):
-        agree(of_kind("weighted", runs[:1]), exact)
-
-
-def test_agree_compares_equal_things_only() -> None:
-    with pytest.raises(InputError, match="share no site"):
-        agree(
-            of_kind("iid", torch.zeros(1, 5)),
-            Posterior({"w": torch.zeros(1, 5)}, "iid", "exact", "hand", Cost()),
-        )
-    with pytest.raises(InputError, match="Site 'z': shape"):
-        agree(of_kind("iid", torch.zeros(1, 5)), of_kind("iid", torch.zeros(1, 5, 2)))
-    same, other = of_kind("iid", torch.ones(1, 5)), of_kind("iid", torch.full((1, 5), 2.0))
-    assert agree(same, same).ok
-    assert not agree(same, other).ok  # two constants that differ
-    assert not agree(of_kind("iid", torch.full((1, 5), math.nan)), same).ok
 
 
 # --- predict -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from probgen import VP, FlowMatching, GaussianMixture, InputError, ProbabilityFlowODE, SDEdit, UnsupportedError, infer
+from probgen import (
+    VP,
+    FlowMatching,
+    GaussianMixture,
+    InputError,
+    ProbabilityFlowODE,
+    SDEdit,
+    UnsupportedError,
+    infer,
+)
 from probgen.nets import TimeMLP
 
 DRAWS = 4000
@@ -24,7 +33,9 @@ def gaussian(loc: list[float], scale: float) -> GaussianMixture:
 def test_strokes_have_the_law_of_a_noised_guide_denoised(start: float) -> None:
     """For N(0, I): mean alpha^2 guide, variance sigma^2 (1 + alpha^2), to 4.5 standard errors (0.07 sd, 5 % of sd)."""
     guide = torch.tensor([2.0, -1.0], dtype=torch.float64)
-    x = infer(gaussian([0.0, 0.0], 1.0), SDEdit(guide, start=start, steps=400), num_draws=DRAWS, seed=0)["x"][0]
+    x = infer(gaussian([0.0, 0.0], 1.0), SDEdit(guide, start=start, steps=400), num_draws=DRAWS, seed=0)["x"][
+        0
+    ]
     t = torch.tensor([start], dtype=torch.float64)
     alpha2, sigma2 = VP().alpha(t).square(), VP().sigma(t).square()
 

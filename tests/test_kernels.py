@@ -38,7 +38,8 @@ from probgen.kernels import (
     per_chain,
     per_set,
 )
-from probgen.kernels.metric import Spread, windows
+from probgen.kernels.schedule import windows
+from probgen.kernels.spread import Spread
 from probgen.randomness import forked_rng
 from statistics_tools import ALLOWED_Z
 
@@ -453,14 +454,14 @@ def test_lost_chains_do_not_count(kind: Any, lost: float) -> None:
 
 
 def test_spread_is_that_of_all_draws_together() -> None:
-    x = normals(2, 30, 5)
-    known = (normals(2, 30, 1, seed=1) > -1).logical_and(torch.arange(30)[None, :, None] > 3)
-    spread = Spread(dense=True)
-    for part, counted in zip(x.split(7, 1), known.split(7, 1), strict=True):
-        spread.take_in(part, counted)
+    x = normals(30, 2, 5)
+    known = (normals(30, 2, 1, seed=1) > -1).logical_and(torch.arange(30)[:, None, None] > 3)
+    spread = Spread.none()
+    for part, counted in zip(x.split(7), known.split(7), strict=True):
+        spread = spread.and_(Spread.of(part, counted, dense=True))
     for i in range(2):
-        torch.testing.assert_close(spread.covariance()[i], x[i, known[i, :, 0]].mT.cov())
-    assert torch.equal(spread.count[:, 0].long(), known.sum((1, 2)))
+        torch.testing.assert_close(spread.covariance[i], x[known[:, i, 0], i].mT.cov())
+    assert torch.equal(spread.number[:, 0].long(), known.sum((0, 2)))
 
 
 @pytest.mark.parametrize("num_warmup", [0, 1, 5, 10, 19, 20, 21, 33, 100, 500, 1000, 12345])

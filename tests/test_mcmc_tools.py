@@ -105,13 +105,13 @@ def test_ranks_of_exact_draws_are_uniform() -> None:
 
 @pytest.mark.parametrize("scale", [0.8, 1.2])
 def test_ranks_see_a_wrong_width(scale: float) -> None:
-    """An sd off by 20 % fails at one of three seeds with p < 1e-6."""
-    assert min(min(uniformity(conjugate_ranks(scale), 99)) for _ in range(3)) < 1e-6
+    """An sd off by 20 % fails with p < 1e-6, at every one of ten seeds."""
+    assert max(uniformity(conjugate_ranks(scale), 99).width for _ in range(10)) < 1e-6
 
 
 def test_ranks_see_a_shift() -> None:
-    """Draws 0.3 sd off fail both tests."""
-    assert max(uniformity(conjugate_ranks(shift=0.3 * math.sqrt(0.5)), 99)) < 1e-6
+    """Draws 0.3 sd off fail both tests that see any error."""
+    assert max(uniformity(conjugate_ranks(shift=0.3 * math.sqrt(0.5)), 99)[:2]) < 1e-6
 
 
 def test_ranks_run_from_none_to_all() -> None:

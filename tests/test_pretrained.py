@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from probgen import EDM, VP, GaussianMixture, InputError, ProbabilityFlowODE, infer, load_network
-from probgen.models.pretrained import OfSigma, Tabulated
+from probgen.models.pretrained import OfSigma
+from probgen.tabulated import Tabulated
 
 FIRST, LAST, STEPS = 0.0001, 0.02, 1000
 LINEAR = torch.cumprod(1 - torch.linspace(FIRST, LAST, STEPS, dtype=torch.float64), 0)

@@ -933,6 +933,29 @@ def branching_into_an_error() -> None:
         raise ValueError("too far")
 
 
+def test_points_where_a_program_fails_are_left_out() -> None:
+    """log p is -inf there, and a trajectory ends; the others are as without them. What is not finite is not tried."""
+    runs = []
+
+    def fails_far_out() -> None:
+        z = pyro.sample("z", dist.Normal(real(0.0), 1.0))
+        runs.append(z.numel())
+        if not bool((z.abs() < 5).all()):
+            raise ValueError("too far")
+
+    density = ProgramDensity(read(fails_far_out))
+    u = real(0.1, 9.0, -0.2, torch.nan, 0.3)[None]
+    value, grad = density.value_and_grad(u)
+    failed = torch.tensor([False, True, False, True, False])
+    assert bool((value[failed] == -torch.inf).all())
+    assert bool(grad[:, failed].isnan().all())
+    alone = density.value_and_grad(u[:, ~failed])
+    torch.testing.assert_close((value[~failed], grad[:, ~failed]), alone, rtol=0, atol=0)
+    runs.clear()
+    density.value_and_grad(u[:, 2:])
+    assert runs == [3, 2]
+
+
 # --- state ----------------------------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,11 @@
 """Diagnostics: one question put to a posterior a file."""
 
-from probgen.diagnostics.agree import agree
+from probgen.diagnostics.agreement import agree
 from probgen.diagnostics.backward_heat import backward_heat
+from probgen.diagnostics.c2st import c2st
+from probgen.diagnostics.calibration import SimulatedPosteriors, simulated_posteriors
 from probgen.diagnostics.chi_square import chi_square
+from probgen.diagnostics.coverage import coverage
 from probgen.diagnostics.densities import exact_density, noised_density
 from probgen.diagnostics.flow_plots import plot_flow
 from probgen.diagnostics.fokker_planck import fokker_planck
@@ -19,13 +22,19 @@ from probgen.diagnostics.plots import (
     reconstruction_grid,
 )
 from probgen.diagnostics.predict import predict
+from probgen.diagnostics.sbc import sbc
+from probgen.diagnostics.sliced_wasserstein import sliced_wasserstein
 from probgen.diagnostics.summary import summary
+from probgen.diagnostics.tarp import tarp
 
 __all__ = [
     "Mesh",
+    "SimulatedPosteriors",
     "agree",
     "backward_heat",
+    "c2st",
     "chi_square",
+    "coverage",
     "exact_density",
     "fokker_planck",
     "frechet_distance",
@@ -41,5 +50,9 @@ __all__ = [
     "plot_traces",
     "predict",
     "reconstruction_grid",
+    "sbc",
+    "simulated_posteriors",
+    "sliced_wasserstein",
     "summary",
+    "tarp",
 ]

@@ -51,20 +51,20 @@ def notes(posterior: Posterior) -> Iterator[str]:
     if posterior.guarantee == "approximate" or posterior.kind == "approximate":
         yield (
             "The draws come from an approximation, and nothing here says how close it is: check it with "
-            "ImportanceWeighted, or against NUTS with agree(a, b)."
+            "ImportanceWeighted, or against NUTS with agree({...})."
         )
     if posterior.guarantee == "discretised" and posterior.kind == "mcmc":
         yield (
             "The chains keep a law that the step size puts off the posterior, which neither R-hat nor effective sample "
-            "size can see: halve the step size, infer again, and compare with agree(a, b)."
+            "size can see: halve the step size, infer again, and compare by agree({...})."
         )
     elif posterior.guarantee == "discretised":
-        yield "The draws are exact only as steps grow finer: double the number of steps and compare with agree(a, b)."
+        yield "The draws are exact only as steps grow finer: double the number of steps and compare by agree({...})."
     count, share = _divergences(posterior.stats)
     if 0 < share <= RARE_DIVERGENCES:
         yield (
             f"{_many(count, 'transition')} of {_transitions(posterior.stats)} diverged ({share:.2g}): rare, but where "
-            "they did the draws are too few. To be sure, increase target_accept and compare with agree(a, b)."
+            "they did the draws are too few. To be sure, increase target_accept and compare by agree({...})."
         )
 
 

@@ -47,26 +47,23 @@ def plot_image_posterior(
     'seen.png'
     """
     check_count("num_samples", num_samples)
-    truth, seen, draws = (
-        _grey(images, name) for images, name in ((truth, "truth"), (seen, "seen"), (draws, "draws"))
-    )
-    if truth.shape != seen.shape or draws.ndim != 4 or draws.shape[1:] != truth.shape:
+    real, known, drawn = _grey(truth, "truth"), _grey(seen, "seen"), _grey(draws, "draws")
+    if real.shape != known.shape or drawn.ndim != 4 or drawn.shape[1:] != real.shape:
         raise InputError(
             f"truth {tuple(truth.shape)}, seen {tuple(seen.shape)} and draws {tuple(draws.shape)} do not belong "
             "together: expected (n, height, width) twice and (num_draws, n, height, width)."
         )
-    shown = np.linspace(0, len(draws) - 1, min(num_samples, len(draws))).round().astype(int)
-    rows = {"truth": truth, "seen": seen} | {f"draw {i + 1}": draws[k] for i, k in enumerate(shown)}
-    rows["mean"] = draws.mean(0)
-    spread = draws.std(0)
+    shown = np.linspace(0, len(drawn) - 1, min(num_samples, len(drawn))).round().astype(int)
+    rows = {"truth": real, "seen": known} | {f"draw {i + 1}": drawn[k] for i, k in enumerate(shown)}
+    rows["mean"] = drawn.mean(0)
+    spread = drawn.std(0)
     low, high = bounds
     coloured = {name: _coloured((images - low) / (high - low)) for name, images in rows.items()}
     coloured[f"sd, 0 to {float(spread.max()):.2g}"] = _coloured(spread / (spread.max() or 1.0))
     with new_figure(path) as figure:
-        wide = max(3.0, 0.45 * len(truth) + 0.9)
-        figure.set_size_inches(
-            wide, (wide - 0.9) * len(coloured) / len(truth) * truth.shape[1] / truth.shape[2] + 0.3
-        )
+        count, height, width = real.shape
+        wide = max(3.0, 0.45 * count + 0.9)
+        figure.set_size_inches(wide, (wide - 0.9) * len(coloured) / count * height / width + 0.3)
         _draw(figure.add_subplot(), coloured, title)
     return Path(path)
 

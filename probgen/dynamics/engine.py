@@ -16,8 +16,10 @@ from probgen.core import (
     Cost,
     Diffusion,
     Engine,
+    Guarantee,
     NonFiniteWarning,
     Posterior,
+    PosteriorKind,
     ProbgenError,
     Target,
     check_count,
@@ -65,8 +67,8 @@ class FlowEngine(Engine):
     batch_size: int | None = None
     compile: bool = False
     needs: ClassVar[tuple[type, ...]] = (Diffusion,)
-    kind = "iid"
-    guarantee = "discretised"
+    kind: ClassVar[PosteriorKind] = "iid"
+    guarantee: ClassVar[Guarantee] = "discretised"
     field: ClassVar[type[Field]] = AffineDenoiser
 
     def __post_init__(self) -> None:

@@ -255,6 +255,7 @@ class ClockedField:
         check_steps("steps", num_steps)
         self.output, self.drift_at, self.schedule, self.num_steps = output, drift, schedule, num_steps
         self._table: dict[int, Row] = {}
+        self._tabulated: Any = None
 
     def tabulate(self, x: Tensor, stages: Sequence[float] = _SIXTHS) -> None:
         """Work out every coefficient a fixed-step method will ask for, before the loop; times in the dtype of x.
@@ -262,12 +263,17 @@ class ClockedField:
         Args:
             x: the state.
             stages: where in a step, multiples of 1/12 in [0, 1); the end of the last step is always in the table.
+
+        Once worked out it is kept, so that what is recorded later holds no such work.
         """
+        key = (x.dtype, x.device, x.shape[1:], tuple(stages))
+        if key == self._tabulated:
+            return
         within = [round(stage * _NODES_PER_STEP) for stage in stages]
         nodes = [k * _NODES_PER_STEP + node for k in range(self.num_steps) for node in within]
         nodes.append(self.num_steps * _NODES_PER_STEP)
         rows = self.rows(torch.tensor(nodes, dtype=torch.float64) / _NODES_PER_STEP, x)
-        self._table = dict(zip(nodes, rows, strict=True))
+        self._table, self._tabulated = dict(zip(nodes, rows, strict=True)), key
 
     def rows(self, u: Tensor, x: Tensor) -> list[Row]:
         """Rows at clock times u `(n,)`, float64."""

@@ -12,9 +12,10 @@ from probgen.core import Estimate
 from probgen.evidence.elbo import ELBOEstimate
 from probgen.evidence.importance import ImportanceWeighted
 from probgen.evidence.ode import ODELikelihood
+from probgen.evidence.smc import SMCEvidence
 from probgen.verbs import evidence
 
-__all__ = ["ELBOEstimate", "ImportanceWeighted", "ODELikelihood"]
+__all__ = ["ELBOEstimate", "ImportanceWeighted", "ODELikelihood", "SMCEvidence"]
 
 
 class _Verb(ModuleType):

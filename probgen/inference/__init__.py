@@ -8,6 +8,8 @@ from probgen.inference.ddim import DDIM
 from probgen.inference.dpm_solver import DPMSolver
 from probgen.inference.flow_sde import FlowSDE
 from probgen.inference.guide import Guide
+from probgen.inference.guided_ode import GuidedODE
+from probgen.inference.guided_sde import GuidedSDE
 from probgen.inference.hmc import HMC
 from probgen.inference.mala import MALA
 from probgen.inference.nuts import NUTS
@@ -17,7 +19,9 @@ from probgen.inference.probability_flow_ode import ProbabilityFlowODE
 from probgen.inference.reverse_sde import ReverseSDE
 from probgen.inference.sdedit import SDEdit
 from probgen.inference.sgld import SGLD
+from probgen.inference.split_gibbs import SplitGibbs
 from probgen.inference.svi import SVI
+from probgen.inference.twisted_smc import TwistedSMC
 from probgen.inference.ula import ULA
 from probgen.inference.underdamped_langevin import UnderdampedLangevin
 
@@ -36,10 +40,14 @@ __all__ = [
     "DPMSolver",
     "FlowSDE",
     "Guide",
+    "GuidedODE",
+    "GuidedSDE",
     "ParallelTempering",
     "PredictorCorrector",
     "ProbabilityFlowODE",
     "ReverseSDE",
     "SDEdit",
+    "SplitGibbs",
+    "TwistedSMC",
     "UnderdampedLangevin",
 ]

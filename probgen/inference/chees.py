@@ -14,28 +14,27 @@ from probgen.core import check_count
 from probgen.kernels import (
     MAX_ENERGY_ERROR,
     Adapter,
+    AdaptiveEngine,
     Coordinates,
     Evaluate,
-    MarkovEngine,
     MetricKind,
     Point,
     Stats,
     Tuning,
     accept,
-    check_metric,
-    check_warmup,
     compiled,
     kinetic_energy,
     leapfrog,
     per_chain,
     per_set,
-    step_and_metric,
 )
+from probgen.kernels.schedule import early
+from probgen.priors.noise_space import Space
 
 _LEARNING_RATE, _MEMORY, _MOST = 0.05, 0.95, 0.35  # of Adam on log T; the longest step it may take
 _QUARTER_PERIOD = math.log(math.pi / 2)  # of a Gaussian of unit scale
 _THRIFT = 0.2  # how much more a longer trajectory must gain: the power of T
-_FIRST, _STEPS = 0.15, 32  # the share of warm-up in which trajectories have up to so many steps
+_STEPS = 32  # up to so many have the trajectories of chains on their way
 _NOISE_ROWS = 3
 
 
@@ -142,7 +141,7 @@ class TrajectoryLength:
     def update(self, step: int, state: ChEESState, stats: Stats, tuning: Tuning) -> Tuning:
         """One step of Adam; T is averaged with weights that fade as 1/sqrt(number of steps)."""
         self._step = step
-        if step < self.num_warmup * _FIRST:
+        if step < early(self.num_warmup):
             return self._some_steps(tuning)
         gradient = self._gradient(state, stats)
         self._count += 1
@@ -196,7 +195,7 @@ def _sizes(coordinates: Coordinates) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ChEES(MarkovEngine):
+class ChEES(AdaptiveEngine):
     """HMC that learns in warm-up how long its trajectories should be, from many chains run together.
 
     The length maximises the change of squared distance from the mean (ChEES) that a trajectory makes; each transition
@@ -210,6 +209,7 @@ class ChEES(MarkovEngine):
             keep divergences away.
         metric: "diagonal", "dense" or "identity": the covariance learnt in warm-up.
         max_steps: the longest trajectory, in leapfrog steps.
+        space: "data", or "noise" (a `NoiseSpace`) for chains in the noise that a `Prior` makes its site of.
         thin, compile: as for every `MarkovEngine`.
 
     Raises:
@@ -230,6 +230,7 @@ class ChEES(MarkovEngine):
     target_accept: float = 0.9
     metric: MetricKind = "diagonal"
     max_steps: int = 1000
+    space: Space = "data"
     guarantee = "asymptotic"
     default_chains = 64
     min_chains: ClassVar[int] = 2
@@ -242,8 +243,6 @@ class ChEES(MarkovEngine):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("num_warmup", self.num_warmup)
-        check_warmup(self.num_warmup, self.step_size, self.target_accept)
-        check_metric(self.metric)
         check_count("max_steps", self.max_steps)
 
     def kernel(self) -> ChEESKernel:
@@ -252,20 +251,7 @@ class ChEES(MarkovEngine):
 
     def adapters(self) -> list[Adapter]:
         """Trajectory length, then step size and metric."""
-        return [
-            TrajectoryLength(self.num_warmup),
-            *step_and_metric(self.step_size, self.target_accept, self.metric, self.num_warmup),
-        ]
-
-    @property
-    def warmup(self) -> int:
-        """Transitions of warm-up."""
-        return self.num_warmup
-
-    @property
-    def first_step_size(self) -> float | None:
-        """The one that was given."""
-        return self.step_size
+        return [TrajectoryLength(self.num_warmup), *super().adapters()]
 
     def run_stats(self, tuning: Tuning, stats: Stats) -> Stats:
         """Step size and trajectory length."""

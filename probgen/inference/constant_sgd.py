@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from probgen.core import InputError, Target, check_count, describe
-from probgen.kernels import Evaluate, MarkovEngine, Point, Stats, Tuning, check_step_size
+from probgen.kernels import Evaluate, Point, Stats, SteppingEngine, Tuning, check_step_size
 from probgen.targets import Density
 from probgen.targets.minibatch import minibatch_density
 
@@ -36,7 +36,7 @@ class ConstantSGDKernel:
 
 
 @dataclass(frozen=True)
-class ConstantSGD(MarkovEngine):
+class ConstantSGD(SteppingEngine):
     """Descent x' = x + tau g(x) on -log p, g an unbiased estimate of grad log p from m of N rows; no noise is added.
 
     It is not Langevin dynamics: the spread of the draws is that of the minibatches. On a quadratic of Hessian A where g
@@ -81,7 +81,6 @@ class ConstantSGD(MarkovEngine):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_step_size("step_size", self.step_size)
-        check_count("num_warmup", self.num_warmup, 0)
         if self.batch_size is not None:
             check_count("batch_size", self.batch_size)
 
@@ -99,16 +98,6 @@ class ConstantSGD(MarkovEngine):
     def kernel(self) -> ConstantSGDKernel:
         """The transition."""
         return ConstantSGDKernel()
-
-    @property
-    def warmup(self) -> int:
-        """Transitions before the first draw."""
-        return self.num_warmup
-
-    @property
-    def first_step_size(self) -> float:
-        """tau."""
-        return self.step_size
 
 
 def example() -> ConstantSGD:

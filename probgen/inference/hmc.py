@@ -12,21 +12,18 @@ from torch import Tensor
 from probgen.core import InputError, check_count
 from probgen.kernels import (
     MAX_ENERGY_ERROR,
-    Adapter,
+    AdaptiveEngine,
     Evaluate,
-    MarkovEngine,
     MetricKind,
     Point,
     Stats,
     Tuning,
     accept,
-    check_metric,
-    check_warmup,
     compiled,
     kinetic_energy,
     leapfrog,
-    step_and_metric,
 )
+from probgen.priors.noise_space import Space
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ class _SteppingHMCKernel(HMCKernel):
 
 
 @dataclass(frozen=True)
-class HMC(MarkovEngine):
+class HMC(AdaptiveEngine):
     """Draws at the ends of Hamiltonian trajectories of a fixed number of steps; asymptotically exact.
 
     Args:
@@ -92,6 +89,7 @@ class HMC(MarkovEngine):
         metric: "diagonal", "dense" or "identity": the covariance learnt in warm-up.
         jitter: in [0, 1): each step size is multiplied by a uniform number in (1 - jitter, 1), so that no
             trajectory returns to its start for ever.
+        space: "data", or "noise" (a `NoiseSpace`) for chains in the noise that a `Prior` makes its site of.
         thin, compile: as for every `MarkovEngine`.
 
     Raises:
@@ -111,6 +109,7 @@ class HMC(MarkovEngine):
     target_accept: float = 0.9
     metric: MetricKind = "diagonal"
     jitter: float = 0.5
+    space: Space = "data"
     guarantee = "asymptotic"
     paper: ClassVar[str] = "Neal 2011, arXiv 1206.1901"
     offers: ClassVar[str] = "many chains at once at the same cost each, of any continuous program or energy"
@@ -119,28 +118,12 @@ class HMC(MarkovEngine):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("num_steps", self.num_steps)
-        check_warmup(self.num_warmup, self.step_size, self.target_accept)
-        check_metric(self.metric)
         if not 0 <= self.jitter < 1:
             raise InputError(f"jitter must lie in [0, 1), got {self.jitter!r}.")
 
     def kernel(self) -> HMCKernel:
         """The transition."""
         return HMCKernel(self.num_steps, self.jitter)
-
-    def adapters(self) -> list[Adapter]:
-        """Step size, where none is given, and metric."""
-        return step_and_metric(self.step_size, self.target_accept, self.metric, self.num_warmup)
-
-    @property
-    def warmup(self) -> int:
-        """Transitions of warm-up."""
-        return self.num_warmup
-
-    @property
-    def first_step_size(self) -> float | None:
-        """The one that was given."""
-        return self.step_size
 
 
 def example() -> HMC:

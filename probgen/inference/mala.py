@@ -9,20 +9,17 @@ import torch
 from torch import Tensor
 
 from probgen.kernels import (
-    Adapter,
+    AdaptiveEngine,
     Evaluate,
-    MarkovEngine,
     MetricKind,
     Point,
     Stats,
     StepSize,
     Tuning,
     accept,
-    check_metric,
-    check_warmup,
     kinetic_energy,
-    step_and_metric,
 )
+from probgen.priors.noise_space import Space
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ class LangevinStepSize(StepSize):
 
 
 @dataclass(frozen=True)
-class MALA(MarkovEngine):
+class MALA(AdaptiveEngine):
     """Langevin steps x' = x + h grad log p(x) + sqrt(2 h) z with an accept step, one gradient each; exact in the end.
 
     Args:
@@ -73,6 +70,7 @@ class MALA(MarkovEngine):
         target_accept: acceptance the step size aims at, in (0, 1); 0.574 is optimal in many dimensions (Roberts &
             Rosenthal 1998).
         metric: "diagonal", "dense" or "identity": the covariance learnt in warm-up.
+        space: "data", or "noise" (a `NoiseSpace`) for chains in the noise that a `Prior` makes its site of.
         thin, compile: as for every `MarkovEngine`.
 
     Raises:
@@ -91,35 +89,16 @@ class MALA(MarkovEngine):
     num_warmup: int = 500
     target_accept: float = 0.574
     metric: MetricKind = "diagonal"
+    space: Space = "data"
+    step_adapter: ClassVar[type[StepSize]] = LangevinStepSize
     guarantee = "asymptotic"
     paper: ClassVar[str] = "Roberts & Tweedie 1996, Bernoulli 2(4)"
     offers: ClassVar[str] = "one gradient a transition, nothing set by hand, draws from the law itself"
     gives_up: ClassVar[str] = "distance: each transition is a single short step; separated modes"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_warmup(self.num_warmup, self.step_size, self.target_accept)
-        check_metric(self.metric)
-
     def kernel(self) -> MALAKernel:
         """The transition."""
         return MALAKernel()
-
-    def adapters(self) -> list[Adapter]:
-        """Step size, where none is given, and metric."""
-        return step_and_metric(
-            self.step_size, self.target_accept, self.metric, self.num_warmup, LangevinStepSize
-        )
-
-    @property
-    def warmup(self) -> int:
-        """Transitions of warm-up."""
-        return self.num_warmup
-
-    @property
-    def first_step_size(self) -> float | None:
-        """The one that was given."""
-        return self.step_size
 
 
 def example() -> MALA:

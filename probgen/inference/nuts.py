@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from probgen.core import check_count
-from probgen.kernels import Adapter, MarkovEngine, MetricKind, check_metric, check_warmup, step_and_metric
+from probgen.kernels import AdaptiveEngine, MetricKind
 from probgen.kernels.no_u_turn import NUTSKernel
+from probgen.priors.noise_space import Space
 
 
 @dataclass(frozen=True)
-class NUTS(MarkovEngine):
+class NUTS(AdaptiveEngine):
     """Draws of Hamiltonian trajectories that stop at a U-turn; asymptotically exact.
 
     Each trajectory doubles, forwards or backwards in time, until it turns; one of its states is drawn with weight
@@ -23,6 +24,7 @@ class NUTS(MarkovEngine):
         target_accept: acceptance the step size aims at, in (0, 1).
         max_tree_depth: doublings at most, >= 1: at most 2^depth - 1 gradients a draw.
         metric: "diagonal", "dense" or "identity": the covariance learnt in warm-up.
+        space: "data", or "noise" (a `NoiseSpace`) for chains in the noise that a `Prior` makes its site of.
         thin, compile: as for every `MarkovEngine`.
 
     Raises:
@@ -42,6 +44,7 @@ class NUTS(MarkovEngine):
     target_accept: float = 0.9
     max_tree_depth: int = 10
     metric: MetricKind = "diagonal"
+    space: Space = "data"
     guarantee = "asymptotic"
     paper: ClassVar[str] = "Hoffman & Gelman 2014, arXiv 1111.4246"
     offers: ClassVar[str] = "the posterior itself, of any continuous program or energy, with nothing to set"
@@ -49,27 +52,11 @@ class NUTS(MarkovEngine):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_warmup(self.num_warmup, self.step_size, self.target_accept)
         check_count("max_tree_depth", self.max_tree_depth)
-        check_metric(self.metric)
 
     def kernel(self) -> NUTSKernel:
         """The transition."""
         return NUTSKernel(self.max_tree_depth, self.compile)
-
-    def adapters(self) -> list[Adapter]:
-        """Step size, where none is given, and metric."""
-        return step_and_metric(self.step_size, self.target_accept, self.metric, self.num_warmup)
-
-    @property
-    def warmup(self) -> int:
-        """Transitions of warm-up."""
-        return self.num_warmup
-
-    @property
-    def first_step_size(self) -> float | None:
-        """The one that was given."""
-        return self.step_size
 
 
 def example() -> NUTS:

@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from probgen.core import InputError, check_count, describe
+from probgen.core import InputError, Target, check_count, describe
 from probgen.inference.hmc import HMC
 from probgen.kernels import (
     Adapter,
@@ -22,8 +22,9 @@ from probgen.kernels import (
     per_chain,
     per_set,
 )
-from probgen.kernels.metric import windows
 from probgen.kernels.run import Trajectory
+from probgen.kernels.schedule import windows
+from probgen.targets import Density
 
 _SWAP_NORMALS = 2
 _LEAST_REJECTION = 1e-3  # keeps rungs apart where every swap was accepted
@@ -276,6 +277,10 @@ class ParallelTempering(MarkovEngine):
     def replicas(self) -> int:
         """One copy of each chain a temperature."""
         return self.num_temperatures
+
+    def density(self, target: Target) -> Density:
+        """What the moves move in."""
+        return self.moves.density(target)
 
     def kernel(self) -> TemperedKernel:
         """The moves of all rungs, and swaps."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from probgen.core import InputError, check_finite
+from probgen.core import Guarantee, InputError, PosteriorKind, check_finite
 from probgen.dynamics import AffineDenoiser, FlowEngine, family_field, solve_sde
 from probgen.dynamics.fields import check_steps
 from probgen.processes import Grid, as_grid
@@ -45,8 +45,8 @@ class SDEdit(FlowEngine):
     start: float = 0.5
     steps: int = 250
     grid: Grid | str = "uniform"
-    guarantee = "approximate"
-    kind = "approximate"
+    guarantee: ClassVar[Guarantee] = "approximate"
+    kind: ClassVar[PosteriorKind] = "approximate"
     paper: ClassVar[str] = "Meng et al. 2022, arXiv 2108.01073"
     offers: ClassVar[str] = "images like a rough guide, from any fitted diffusion"
     gives_up: ClassVar[str] = "a posterior: how much of the guide is kept is set by hand"
@@ -70,7 +70,9 @@ class SDEdit(FlowEngine):
         """One batch; see `FlowEngine.draw`."""
         process, shape = field.process, tuple(noise.shape)
         if tuple(self.guide.shape) != shape:
-            raise InputError(f"guide: expected the shape of one datum, {shape}, got {tuple(self.guide.shape)}.")
+            raise InputError(
+                f"guide: expected the shape of one datum, {shape}, got {tuple(self.guide.shape)}."
+            )
         if not process.t_min < self.start <= process.t_max:
             raise InputError(
                 f"start must lie in ({process.t_min:g}, {process.t_max:g}], the times of the process, got "

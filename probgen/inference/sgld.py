@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from probgen.core import InputError, Target, check_count
-from probgen.kernels import Evaluate, MarkovEngine, Stats, Tuning, check_step_size
+from probgen.kernels import Evaluate, Stats, SteppingEngine, Tuning, check_step_size
 from probgen.targets import Density
 from probgen.targets.minibatch import minibatch_density
 
@@ -59,7 +59,7 @@ class SGLDKernel:
 
 
 @dataclass(frozen=True)
-class SGLD(MarkovEngine):
+class SGLD(SteppingEngine):
     """Langevin steps x' = x + h_t g(x) + sqrt(2 h_t) z, g an unbiased estimate of grad log p from m of N rows.
 
     With a constant step the law drawn from is off by O(h), of which the noise of g is a part: on a quadratic of Hessian
@@ -108,7 +108,6 @@ class SGLD(MarkovEngine):
         super().__post_init__()
         check_step_size("step_size", self.step_size)
         check_step_size("offset", self.offset)
-        check_count("num_warmup", self.num_warmup, 0)
         if self.batch_size is not None:
             check_count("batch_size", self.batch_size)
         if not 0 <= self.decay <= 1:
@@ -124,16 +123,6 @@ class SGLD(MarkovEngine):
     def kernel(self) -> SGLDKernel:
         """The transition."""
         return SGLDKernel(self.decay, self.offset)
-
-    @property
-    def warmup(self) -> int:
-        """Transitions before the first draw."""
-        return self.num_warmup
-
-    @property
-    def first_step_size(self) -> float:
-        """h."""
-        return self.step_size
 
 
 def example() -> SGLD:

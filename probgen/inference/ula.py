@@ -8,8 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from probgen.core import check_count
-from probgen.kernels import Evaluate, MarkovEngine, Point, Stats, Tuning, check_step_size
+from probgen.kernels import Evaluate, Point, Stats, SteppingEngine, Tuning, check_step_size
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class ULAKernel:
 
 
 @dataclass(frozen=True)
-class ULA(MarkovEngine):
+class ULA(SteppingEngine):
     """Langevin steps x' = x + h grad log p(x) + sqrt(2 h) z without an accept step, one gradient each.
 
     Nothing is adapted and nothing is refused, so that a score suffices, each chain is the same however many run beside
@@ -73,21 +72,10 @@ class ULA(MarkovEngine):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_step_size("step_size", self.step_size)
-        check_count("num_warmup", self.num_warmup, 0)
 
     def kernel(self) -> ULAKernel:
         """The transition."""
         return ULAKernel()
-
-    @property
-    def warmup(self) -> int:
-        """Transitions before the first draw."""
-        return self.num_warmup
-
-    @property
-    def first_step_size(self) -> float:
-        """h, which stays."""
-        return self.step_size
 
 
 def example() -> ULA:

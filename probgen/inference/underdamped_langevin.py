@@ -8,8 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from probgen.core import check_count
-from probgen.kernels import Evaluate, MarkovEngine, Stats, Tuning, check_step_size
+from probgen.kernels import Evaluate, Stats, SteppingEngine, Tuning, check_step_size
 
 
 class MovingPoint(NamedTuple):
@@ -59,7 +58,7 @@ class BAOABKernel:
 
 
 @dataclass(frozen=True)
-class UnderdampedLangevin(MarkovEngine):
+class UnderdampedLangevin(SteppingEngine):
     """Langevin dynamics with a momentum, dp = grad log p(x) dt - gamma p dt + sqrt(2 gamma) dW, by BAOAB steps.
 
     Momentum carries chains farther than `ULA` at the same cost, one gradient a step, and nothing is refused, so that a
@@ -98,21 +97,10 @@ class UnderdampedLangevin(MarkovEngine):
         super().__post_init__()
         check_step_size("step_size", self.step_size)
         check_step_size("friction", self.friction)
-        check_count("num_warmup", self.num_warmup, 0)
 
     def kernel(self) -> BAOABKernel:
         """The transition."""
         return BAOABKernel(self.friction)
-
-    @property
-    def warmup(self) -> int:
-        """Transitions before the first draw."""
-        return self.num_warmup
-
-    @property
-    def first_step_size(self) -> float:
-        """eps, which stays."""
-        return self.step_size
 
 
 def example() -> UnderdampedLangevin:

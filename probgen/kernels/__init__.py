@@ -1,11 +1,13 @@
 """Pure Markov transitions, and the one loop that runs them.
 
 `core` holds the contracts: a `Kernel` moves points, an `Adapter` tunes it during warm-up, a `MarkovEngine` is a few
-settings that make both. `run` is the loop; `adaptation`, `coordinates`, `noise`, `starts` and `state` are its parts. A
-kernel is one file here or, where only one engine uses it, the engine's own file.
+settings that make both. `run` is the loop; `coordinates`, `noise`, `starts` and `state` are its parts. `adaptive` is
+what engines with a warm-up share: `adaptation` of the step size, `metric`, and the `schedule` of both. A kernel is one
+file here or, where only one engine uses it, the engine's own file.
 """
 
 from probgen.kernels.adaptation import StepSize, find_step_size
+from probgen.kernels.adaptive import AdaptiveEngine
 from probgen.kernels.coordinates import Coordinates, InCoordinates
 from probgen.kernels.core import (
     Adapter,
@@ -14,21 +16,22 @@ from probgen.kernels.core import (
     MarkovEngine,
     Point,
     Stats,
+    SteppingEngine,
     Tuning,
     check_step_size,
-    check_warmup,
     compiled,
     per_chain,
     per_set,
 )
 from probgen.kernels.leapfrog import MAX_ENERGY_ERROR, accept, kinetic_energy, leapfrog
-from probgen.kernels.metric import Metric, MetricKind, check_metric, step_and_metric
+from probgen.kernels.metric import Metric, MetricKind, check_metric
 from probgen.kernels.run import Chains, run_chains
 from probgen.kernels.state import ChainState
 
 __all__ = [
     "MAX_ENERGY_ERROR",
     "Adapter",
+    "AdaptiveEngine",
     "ChainState",
     "Chains",
     "Coordinates",
@@ -41,11 +44,11 @@ __all__ = [
     "Point",
     "Stats",
     "StepSize",
+    "SteppingEngine",
     "Tuning",
     "accept",
     "check_metric",
     "check_step_size",
-    "check_warmup",
     "compiled",
     "find_step_size",
     "kinetic_energy",
@@ -53,5 +56,4 @@ __all__ = [
     "per_chain",
     "per_set",
     "run_chains",
-    "step_and_metric",
 ]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from probgen.core import UnsupportedError
+from probgen.kernels.parts import in_parts
 from probgen.targets.graphs import recorded
 
 _A_TENSOR = torch.empty(0)
@@ -71,7 +72,8 @@ class Compiled:
             return _taken_apart(result[0])[0]
 
         try:
-            function = _compile(recorded(flat, *tensors), tensors)
+            apart = in_parts(recorded(flat, *tensors))
+            function = _compile(recorded(apart, *tensors), tensors)
         except Exception as error:  # whatever the recorder or the compiler raises
             first = (str(error).strip().splitlines() or [""])[0][:200]
             raise UnsupportedError(

@@ -16,6 +16,8 @@ from torch import Tensor
 from probgen.core import Engine, InputError, Posterior, Target, check_count, describe
 from probgen.kernels.compiling import Compiled
 from probgen.kernels.coordinates import Coordinates
+from probgen.priors.score_density import scored_density
+from probgen.priors.sites import frozen_priors
 from probgen.targets import Density, density
 
 
@@ -126,7 +128,7 @@ class MarkovEngine(Engine):
 
     def density(self, target: Target) -> Density:
         """What the chains move in."""
-        return density(target)
+        return density(target) if self.needs_log_prob else scored_density(target)
 
     def kernel(self) -> Kernel:
         """The transition."""
@@ -174,35 +176,47 @@ class MarkovEngine(Engine):
                 f"{describe(self)} learns from chains side by side: it needs at least {self.min_chains} for each data "
                 f"set, got {num_chains}. Pass num_chains={self.default_chains}, or use NUTS."
             )
-        return run_chains(
-            self,
-            target,
-            num_draws=num_draws,
-            num_chains=num_chains,
-            seed=seed,
-            init=init,
-            state=state,
-            progress=progress,
-        )
+        with frozen_priors(target):
+            return run_chains(
+                self,
+                target,
+                num_draws=num_draws,
+                num_chains=num_chains,
+                seed=seed,
+                init=init,
+                state=state,
+                progress=progress,
+            )
+
+
+class SteppingEngine(MarkovEngine):
+    """An engine with the fields `num_warmup` and `step_size`.
+
+    It is no dataclass: each engine names these fields itself, where it wants them among its arguments.
+    """
+
+    num_warmup: int
+    step_size: float | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("num_warmup", self.num_warmup, 0)
+
+    @property
+    def warmup(self) -> int:
+        """`num_warmup`."""
+        return self.num_warmup
+
+    @property
+    def first_step_size(self) -> float | None:
+        """`step_size`."""
+        return self.step_size
 
 
 def check_step_size(name: str, value: float) -> None:
     """Raise `InputError` unless a step size, or another scale, is a finite number > 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise InputError(f"{name} must be > 0 and finite, got {value!r}.")
-
-
-def check_warmup(num_warmup: int, step_size: float | None, target_accept: float) -> None:
-    """Raise `InputError` for settings of warm-up out of range, or where there is neither a step size nor a warm-up."""
-    check_count("num_warmup", num_warmup, 0)
-    if step_size is not None:
-        check_step_size("step_size", step_size)
-    if not 0 < target_accept < 1:
-        raise InputError(f"target_accept must lie in (0, 1), got {target_accept!r}.")
-    if step_size is None and num_warmup == 0:
-        raise InputError(
-            "Without warm-up (num_warmup=0) there must be a step_size; None is found in warm-up."
-        )
 
 
 def per_chain(value: Tensor, num_chains: int) -> Tensor:

@@ -6,8 +6,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -21,6 +22,7 @@ from probgen.kernels.compiling import Compiled
 from probgen.kernels.coordinates import Coordinates, InCoordinates
 from probgen.kernels.core import Evaluate, Kernel, MarkovEngine, Stats, Tuning
 from probgen.kernels.noise import Normals
+from probgen.kernels.schedule import gatherings
 from probgen.kernels.starts import left_behind, starting_points
 from probgen.kernels.state import ChainState, check_fits, check_same_density, restored, tensors_of
 from probgen.progress import Update, ticker
@@ -29,8 +31,8 @@ from probgen.targets import Density
 _BLOCK = 4  # transitions at once, and between looks at the clock
 _OPERATIONS = 600  # about as many are compiled together where that is more than one transition,
 _MOST_OPERATIONS = 1500  # and no more where it is one: compilers take longer and longer
+_STORED_AT_ONCE = 16  # blocks: few enough to be near the processor still
 _UNKNOWN = 100  # operations of a density that was not recorded
-_GATHER = (0.15, 0.3, 0.5)  # shares of warm-up after which chains that are lost are fetched
 _SHOW_EVERY = 0.1  # seconds
 
 
@@ -220,12 +222,12 @@ class Chains:
         for adapter in adapters:
             self.tuning = adapter.begin(self.tuning, self.groups)
         self._prime()
-        gatherings = {int(share * self.engine.warmup) for share in _GATHER}
+        gathered_after = gatherings(self.engine.warmup)
         with self.clock.counting("warmup_seconds"):
             for step in range(self.engine.warmup):
                 _, stats = self._move(1)
                 last = {name: value[0] for name, value in stats.items()}
-                if adapters and step + 1 in gatherings:
+                if adapters and step + 1 in gathered_after:
                     self._gather()
                 self._tune(adapters, step, last)
             for adapter in adapters:
@@ -260,12 +262,13 @@ class Chains:
         with self.clock.counting("seconds"):
             kept: dict[str, Tensor] = {}
             done = 0
-            for part in self.blocks(num_draws * self.engine.thin):
-                kept = kept or {name: x.new_empty(num_draws, *x.shape[1:]) for name, x in part.items()}
-                count = len(part["u"])
-                for name, value in part.items():
-                    kept[name][done : done + count] = value
-                done += count
+            blocks = self.blocks(num_draws * self.engine.thin)
+            while parts := list(islice(blocks, _STORED_AT_ONCE)):
+                kept = kept or {name: x.new_empty(num_draws, *x.shape[1:]) for name, x in parts[0].items()}
+                stop = done + sum(len(part["u"]) for part in parts)
+                for name, values in kept.items():
+                    torch.cat([part[name] for part in parts], out=values[done:stop])
+                done = stop
             self._report()
         return kept.pop("u"), kept
 
@@ -280,7 +283,8 @@ class Chains:
             first = (-1 - made) % thin
             made += count
             if first < count:
-                yield {name: value[first::thin] for name, value in {"u": self._drawn(u), **stats}.items()}
+                part = {"u": self._drawn(u), **stats}
+                yield {name: value[first::thin] for name, value in part.items()} if thin > 1 else part
 
     def _move(self, count: int) -> tuple[Tensor, Stats]:
         self._ready(count)
@@ -314,7 +318,8 @@ class Chains:
     def cost(self) -> Cost:
         """What was paid so far."""
         self.clock.gradients = int(self._gradients)
-        return self.clock.cost()
+        every = (self.clock.gradients + self.clock.warmup_gradients) / self.columns  # chains share a call
+        return replace(self.clock.cost(), network_calls=round(every * self.density.network_calls))
 
     def saved(self) -> ChainState:
         """All that is needed to go on."""
@@ -372,7 +377,8 @@ class Chains:
         return split if self.density.sets_shown else split[..., 0]
 
     def _check(self, draws: Tensor) -> None:
-        lost = ~torch.isfinite(draws).all(0).all(0)
+        least, most = draws.amin(0), draws.amax(0)  # not a number where one draw is none
+        lost = ~(torch.isfinite(least) & torch.isfinite(most)).all(0)
         if bool(lost.all()):
             raise InputError(
                 f"All {self.columns} chains of {describe(self.engine)} ran away to infinity: the step size is too long "
@@ -386,7 +392,7 @@ class Chains:
                 NonFiniteWarning,
                 stacklevel=2,
             )
-        if len(draws) > 1 and not bool((draws[1:] != draws[0]).any()):
+        if len(draws) > 1 and bool((least == most).all()):
             raise InputError(
                 f"All {self.columns} chains of {describe(self.engine)} are stuck: not one proposal was accepted. The "
                 f"step size is {float(self.tuning.step_size.mean()):.3g}; take a smaller one, or leave it to warm-up "
@@ -442,7 +448,8 @@ def advance(
         state, stats = kernel.step(evaluate, state, tuning, z[:own])
         positions.append(tuning.coordinates.to_u(state.position))
         every.append(stats | {"lp": state.log_prob})
-    return state, torch.stack(positions), {name: torch.stack([s[name] for s in every]) for name in every[0]}
+    draws = torch.cat(positions).unflatten(0, (len(positions), -1))
+    return state, draws, {name: torch.stack([s[name] for s in every]) for name in every[0]}
 
 
 def _given(function: Callable[..., Any], normals: Tensor) -> Callable[..., Any]:

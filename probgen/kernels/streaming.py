@@ -18,10 +18,11 @@ from torch.fx import GraphModule
 from probgen.core import Cost, InputError, Target, UnsupportedError, check_count, describe
 from probgen.kernels.core import MarkovEngine
 from probgen.kernels.run import Chains
+from probgen.kernels.spread import Spread
 from probgen.progress import ticker
 from probgen.randomness import check_seed, forked_rng
 from probgen.targets import Density, frozen, read, restored_store
-from probgen.targets.graphs import recorded
+from probgen.targets.routes import faithfully_recorded
 
 _CHUNK = 2**14  # chains; their state stays near the processor
 _AHEAD = 8  # chunks begun before they run
@@ -124,42 +125,15 @@ def moments(
         return run.moments(num_chains, progress)
 
 
-class _Spread(NamedTuple):
-    """Number, mean and sum of squared distances from it, of draws or of chains (Welford 1962)."""
-
-    number: int
-    mean: Tensor
-    squares: Tensor
-
-    @staticmethod
-    def of(values: Tensor) -> _Spread:
-        """Of values along the first dimension."""
-        mean = values.mean(0)
-        return _Spread(len(values), mean, (values - mean).square().sum(0))
-
-    def and_(self, other: _Spread) -> _Spread:
-        """Of both together (Chan, Golub & LeVeque 1983)."""
-        count = self.number + other.number
-        gap = other.mean - self.mean
-        mean = self.mean + gap * (other.number / count)
-        squares = self.squares + other.squares + gap.square() * (self.number * other.number / count)
-        return _Spread(count, mean, squares)
-
-    @property
-    def variance(self) -> Tensor:
-        """Unbiased."""
-        return self.squares / (self.number - 1)
-
-
 class _Site(NamedTuple):
     """What is kept of a site: how statistics of a chain are spread over chains, and those of half a chain."""
 
-    means: _Spread
-    variances: _Spread
-    mean_squares: _Spread  # of the distance from a centre that is about the mean
-    sums: _Spread  # of the mean and the mean square: for their covariance
-    half_means: _Spread
-    half_variances: _Spread
+    means: Spread
+    variances: Spread
+    mean_squares: Spread  # of the distance from a centre that is about the mean
+    sums: Spread  # of the mean and the mean square: for their covariance
+    half_means: Spread
+    half_variances: Spread
 
     def and_(self, other: _Site) -> _Site:
         return _Site(*(a.and_(b) for a, b in zip(self, other, strict=True)))
@@ -186,7 +160,7 @@ class _Chunks:
             for sites, cost in self._all(list(zip(starts, sizes, strict=True))):
                 total = {name: total[name].and_(site) if total else site for name, site in sites.items()}
                 costs.append(cost)
-                show(next(iter(total.values())).means.number)
+                show(int(next(iter(total.values())).means.number))
         return self._verdict(total, num_chains, _together(costs, time.perf_counter() - started))
 
     def _all(self, parts: list[tuple[int, int]]) -> Iterator[tuple[dict[str, _Site], Cost]]:
@@ -230,10 +204,10 @@ class _Chunks:
                 name: self._site(name, [part[name] for part in parts if part]) for name in parts[0]
             }, chains.cost()
 
-    def _parts(self, chains: Chains) -> list[dict[str, _Spread]]:
+    def _parts(self, chains: Chains) -> list[dict[str, Spread]]:
         """The spread of the draws of each chain: of the first half, the last, and the draw between, if there is one."""
         half = self.num_draws // 2
-        found: list[dict[str, _Spread]] = [{}, {}, {}]
+        found: list[dict[str, Spread]] = [{}, {}, {}]
         done = 0
         for part in chains.blocks(self.num_draws * self.engine.thin):
             for u in part["u"]:
@@ -257,9 +231,8 @@ class _Chunks:
         """`constrain` without its program, where it can be recorded."""
         constrain = self._density.constrain
         names = list(constrain(u))
-        try:
-            graph = recorded(lambda u: [constrain(u)[name] for name in names], u)
-        except Exception:  # noqa: BLE001 -- there are many ways in which a recording can fail, and a way without it
+        graph = faithfully_recorded(lambda u: [constrain(u)[name] for name in names], u)
+        if graph is None:
             self.recorded = False
             return constrain
         return lambda u: dict(zip(names, graph(u), strict=True))
@@ -269,20 +242,20 @@ class _Chunks:
         assert self.first is not None
         return self.first.density
 
-    def _site(self, name: str, parts: list[_Spread]) -> _Site:
+    def _site(self, name: str, parts: list[Spread]) -> _Site:
         """What is kept of the chains of a chunk; the first two parts are the halves."""
         self._check(name, parts[0].mean)
-        parts = [_Spread(part.number, part.mean.double(), part.squares.double()) for part in parts]
+        parts = [Spread(*(value.double() for value in part)) for part in parts]
         whole = parts[0]
         for part in parts[1:]:
             whole = whole.and_(part)
         centre = self.centre.setdefault(name, whole.mean.mean(0))
-        variance = whole.squares / whole.number
+        variance = whole.scatter / whole.number
         mean_square = variance + (whole.mean - centre).square()
         half_means = torch.cat([part.mean for part in parts[:2]])
         half_variances = torch.cat([part.variance for part in parts[:2]])
         found = (whole.mean, variance, mean_square, whole.mean + mean_square, half_means, half_variances)
-        return _Site(*map(_Spread.of, found))
+        return _Site(*map(Spread.of, found))
 
     def _check(self, name: str, mean: Tensor) -> None:
         lost = ~torch.isfinite(mean).flatten(1).all(1)
@@ -305,7 +278,7 @@ class _Chunks:
 def _estimates(site: _Site, centre: Tensor, num_draws: int) -> Values:
     """The fields of `Moments`, from what was kept."""
     num_chains, half = site.means.number, num_draws // 2
-    squares = num_draws * (num_chains * site.variances.mean + site.means.squares)
+    squares = num_draws * (num_chains * site.variances.mean + site.means.scatter)
     sd = (squares / (num_chains * num_draws - 1)).sqrt()
     mean_error = (site.means.variance / num_chains).sqrt()
     # (x - mean)^2 = (x - centre)^2 - 2 shift (x - centre) + shift^2
@@ -323,15 +296,15 @@ def _estimates(site: _Site, centre: Tensor, num_draws: int) -> Values:
     }
 
 
-def _one_more(spread: _Spread | None, value: Tensor) -> _Spread:
+def _one_more(spread: Spread | None, draw: Tensor) -> Spread:
     """Welford's update, in place."""
     if spread is None:
-        return _Spread(1, value.clone(), torch.zeros_like(value))
-    count, mean, squares = spread
-    gap = value - mean
-    mean.add_(gap, alpha=1 / (count + 1))
-    squares.addcmul_(gap, value - mean)
-    return _Spread(count + 1, mean, squares)
+        return Spread(torch.ones(()), draw.clone(), torch.zeros_like(draw))
+    number, mean, scatter = spread.number + 1, spread.mean, spread.scatter
+    gap = draw - mean
+    mean.add_(gap, alpha=1 / float(number))
+    scatter.addcmul_(gap, draw - mean)
+    return Spread(number, mean, scatter)
 
 
 @contextmanager

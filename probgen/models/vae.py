@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from probgen.core import Batch, InputError, check_count
 from probgen.distributions import DiagonalNormal
 from probgen.nets import MLP, GaussianMLP
+from probgen.priors.prior import Prior
 
 Law = dist.TorchDistribution
 
@@ -114,6 +115,33 @@ class MixturePrior(nn.Module):
     def forward(self) -> Law:
         components = dist.Normal(self.locs, self.log_scales.exp()).to_event(1)
         return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), components)
+
+
+class FittedPrior(nn.Module):
+    """p(z) of another program: with a diffusion, latent diffusion.
+
+    Its density must be exact, as that of a diffusion, a flow or a mixture is; then its weights are fitted with the rest
+    by the ELBO. Cheaper, and the usual way: fit the VAE first, the program to draws of q(z | x), and set `vae.prior`.
+
+    Args:
+        program: of one site "x" with event shape `(latent_dim,)`.
+
+    Source: Vahdat, Kreis & Kautz (2021), arXiv 2106.05931; Rombach et al. (2022), arXiv 2112.10752.
+
+    >>> from probgen.models.score_sde import ScoreSDE
+    >>> from probgen.nets import TimeMLP
+    >>> prior = FittedPrior(ScoreSDE(TimeMLP((2,), width=8, num_blocks=1)))
+    >>> vae = VAE.mlp(event_shape=(3,), latent_dim=2, prior=prior)
+    >>> vae.model(Batch(num_rows=5)).shape
+    torch.Size([5, 3])
+    """
+
+    def __init__(self, program: Any) -> None:
+        super().__init__()
+        self.program = program
+
+    def forward(self) -> Law:
+        return Prior(self.program)
 
 
 # --- programs -----------------------------------------------------------------------------------------------------

@@ -6,26 +6,26 @@ rows: x `(n, *shape)`, z in unconstrained coordinates `(n, k)`; row i belongs to
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
-from probgen.bounds import sample_sites, validation
 from probgen.core import InputError, Target, UnsupportedError, describe, given
 from probgen.dynamics import AffineDenoiser, Velocity
+from probgen.dynamics.fields import Output
 from probgen.priors.noise_aware import NoiseAware
-from probgen.priors.observed import SeenByVmap
+from probgen.priors.observed import GaussianSites, SeenByVmap
 from probgen.priors.prior import Prior
+from probgen.priors.sites import sites_and_laws
 from probgen.processes import Process
-from probgen.randomness import forked_rng
-from probgen.targets import restored_store
 from probgen.targets.density import ProgramDensity
 from probgen.targets.point import Values
-from probgen.targets.reading import FlatStart, innermost
+from probgen.targets.point import jacobian as term_of
 from probgen.targets.routes import Vmap
 
 _PROBES = 4
@@ -55,10 +55,15 @@ class Isotropic:
 
 
 class Marginal(NamedTuple):
-    """log p(y, z | x_t) `(n,)`, and its gradient in x_0hat, `(n, *shape)`, the covariance held."""
+    """log p(y, z | x_t) `(n,)`, and its gradient in x_0hat, `(n, *shape)`, the covariance held.
+
+    Where all sites are Gaussian or counts, `residual` is r `(n, m)`, `jacobian` J `(n, m, size)` or `(m, size)`.
+    """
 
     log_prob: Tensor
     grad: Tensor
+    residual: Tensor | None = None
+    jacobian: Tensor | None = None
 
 
 class Linear(NamedTuple):
@@ -116,6 +121,8 @@ class Conditioned:
         self.dtype, self.device = self.density.dtype, self.density.device
         self.others = tuple(latent.name for latent in self.density.latents if latent.name != self.name)
         self.num_others = self.density.dim - self.size
+        self.wrap: Callable[[Output], Output] = lambda output: output
+        self._recorded: dict[int, Callable[[Tensor], tuple[Tensor, Tensor]]] = {}
         self._seen = SeenByVmap(self.density) if self._can_split else None
         self._check_seen()
 
@@ -135,7 +142,20 @@ class Conditioned:
                 f"Site {self.name!r} has the law {self.prior}, which is no diffusion: it has no denoise(x_t, t). "
                 "Engines for what is decoded from noise, and for densities: HMC(space='noise'), HMC."
             )
-        return AffineDenoiser.of(self.program)
+        return AffineDenoiser.of(self.program).through(self.wrap)
+
+    def with_denoiser(self, denoiser: AffineDenoiser) -> Conditioned:
+        """The same observations of draws of another diffusion."""
+        _ = self.linear  # found once for both
+        other = copy.copy(self)
+        other.denoiser = denoiser
+        return other
+
+    def through(self, wrap: Callable[[Output], Output]) -> Conditioned:
+        """The same with its network wrapped: counted, watched. What asks it at another condition wraps it likewise."""
+        other = self.with_denoiser(self.denoiser.through(wrap))
+        other.wrap = wrap
+        return other
 
     @property
     def process(self) -> Process:
@@ -175,26 +195,50 @@ class Conditioned:
 
     def log_lik(self, x: Tensor, z: Tensor | None = None) -> Marginal:
         """log p(y, z | x) and its gradient in x, exactly as the program says."""
-        value, grad = self.density.value_and_grad(self.join(x, z))
+        value, grad = self.evaluate(self.join(x, z))
         return Marginal(value, self.split(grad)[0])
 
+    def evaluate(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(y, z | x) `(n,)` and its gradient `(dim, n)` at u `(dim, n)`; recorded once for each n."""
+        n = u.shape[1]
+        if n not in self._recorded:
+            self._recorded[n] = self.density.function(u)
+        return self._recorded[n](u)
+
     def log_aware(self, x_t: Tensor, t: float) -> Marginal | None:
-        """sum log p(c | x_t, t) of the `NoiseAware` sites, and its gradient in x_t; None where there are none."""
+        """sum log p(c | x_t, t) of the `NoiseAware` sites, and its gradient in x_t; None where there are none.
+
+        Where x_t requires gradients, both can be differentiated once more.
+        """
         if not self.aware:
             return None
         with torch.enable_grad():
-            x_t = x_t.detach().requires_grad_()
+            again = x_t.requires_grad
+            x_t = x_t if again else x_t.detach().requires_grad_()
             time = torch.full((1,), t, dtype=x_t.dtype, device=x_t.device)
             total = sum(
                 law.log_prob_at(self._value(name, len(x_t)), x_t, time).reshape(len(x_t), -1).sum(1)
                 for name, law in self.aware.items()
             )
             assert isinstance(total, Tensor)
-            (grad,) = torch.autograd.grad(total.sum(), x_t)
-        return Marginal(total.detach(), grad)
+            (grad,) = torch.autograd.grad(total.sum(), x_t, create_graph=again)
+        return Marginal(total, grad) if again else Marginal(total.detach(), grad)
+
+    def linearised(self, x: Tensor, z: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Whitened residuals r = L^-1 (y - loc(x, z)) of the Gaussian sites `(n, m)`, and J = -dr/dx `(n, m, size)`.
+
+        m is 0 where there are none, or the program cannot be vectorised.
+        """
+        if self._seen is None:
+            flat = x.reshape(len(x), -1).to(self.dtype)
+            return flat[:, :0], flat[:, None, :][:, :0]
+        seen, jacobian, _ = self._seen.linearised(self.join(x, z), self.rows)
+        return seen.residual, jacobian
 
     def marginal(self, x_0: Tensor, covariance: Covariance, z: Tensor | None = None) -> Marginal:
         """log int p(y, z | x) N(x; x_0, C) dx, Gaussian sites linearised at x_0, the others evaluated there.
+
+        Counts are taken to be Gaussian of the same slope and about the same curvature (see `observed.curved`).
 
         With S = I + J C J' and the whitened residual r = L^-1 (y - loc(x_0, z)), J = -dr/dx, the Gaussian sites give
         -1/2 r' S^-1 r - 1/2 log |S| - log |L| - m/2 log 2 pi, of gradient J' S^-1 r. `NoiseAware` sites are left out:
@@ -209,25 +253,76 @@ class Conditioned:
             return self._linear_marginal(x_0, self.linear, covariance.variance)
         if self._seen is None:
             return self.log_lik(x_0, z)
-        seen, jacobian, slope = self._seen.linearised(self.join(x_0, z), self.rows)
+        if self.linear is not None:
+            residual, jacobian = self._linear_residual(x_0, self.linear), self.linear.jacobian
+            constant, slope = (
+                self._each_set(self.linear.constant, len(x_0)),
+                torch.zeros_like(residual[:, :1]),
+            )
+        else:
+            seen, jacobian, slope = self._seen.linearised(self.join(x_0, z), self.rows)
+            residual, constant = seen.residual, seen.log_scale + seen.rest
         cov = covariance.between(jacobian)
         eye = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
-        factor = torch.linalg.cholesky(0.5 * (cov + cov.mT) + eye)
-        solved = torch.cholesky_solve(seen.residual[..., None], factor)[..., 0]
+        factor = cholesky(0.5 * (cov + cov.mT) + eye)
+        solved = torch.cholesky_solve(residual[..., None], factor)[..., 0]
         log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        log_prob = -0.5 * ((seen.residual * solved).sum(-1) + log_det) + seen.log_scale + seen.rest
-        grad = (solved[:, None] @ jacobian)[:, 0] + slope
-        return Marginal(log_prob, grad.reshape(x_0.shape).to(x_0))
+        log_prob = constant - 0.5 * ((residual * solved).sum(-1) + log_det)
+        grad = ((solved[:, None] @ jacobian)[:, 0] + slope).reshape(x_0.shape).to(x_0)
+        return (
+            Marginal(log_prob, grad, residual, jacobian) if self._in_residuals else Marginal(log_prob, grad)
+        )
+
+    def _linear_residual(self, x_0: Tensor, linear: Linear) -> Tensor:
+        x = x_0.reshape(len(x_0), -1).to(linear.offset)
+        return self._each_set(linear.offset, len(x)) - x @ linear.jacobian.mT
 
     def _linear_marginal(self, x_0: Tensor, linear: Linear, variance: float) -> Marginal:
-        x = x_0.reshape(len(x_0), -1).to(linear.offset)
-        residual = self._each_set(linear.offset, len(x)) - x @ linear.jacobian.mT
+        residual = self._linear_residual(x_0, linear)
         along = residual @ linear.left
         shrink = 1 / (1 + variance * linear.singular.square())
         squares = residual.square().sum(1) - (along.square() * (1 - shrink)).sum(1)
-        log_prob = self._each_set(linear.constant, len(x)) + 0.5 * (shrink.log().sum() - squares)
+        log_prob = self._each_set(linear.constant, len(x_0)) + 0.5 * (shrink.log().sum() - squares)
         grad = (along * shrink * linear.singular) @ linear.right
-        return Marginal(log_prob, grad.reshape(x_0.shape).to(x_0))
+        return Marginal(log_prob, grad.reshape(x_0.shape).to(x_0), residual, linear.jacobian)
+
+    def distance(self, x_0: Tensor) -> tuple[Tensor, Tensor]:
+        """|y - loc(x_0)| over the Gaussian sites, in the units of y, and its gradient: a norm for each draw in a plate.
+
+        Raises:
+            UnsupportedError: a site that is not Gaussian, other latents, or a program that cannot be vectorised.
+        """
+        if self._seen is None or self.not_gaussian or self.num_others or not self.target.data:
+            sites = ", ".join(map(repr, self.not_gaussian or self.others or self.target.data)) or "none"
+            raise UnsupportedError(
+                f"|y - A x_0| is the distance of Gaussian observations from their means; "
+                f"{describe(self.target.program)} has other sites: {sites}. Guidances for any likelihood: Jensen, "
+                "PiGDM, MomentMatching."
+            )
+        distance, grad = self._seen.distance(self.join(x_0), self.rows)
+        return distance, grad.reshape(x_0.shape).to(x_0)
+
+    @cached_property
+    def not_gaussian(self) -> tuple[str, ...]:
+        """The observed sites, factors included, whose laws are not Gaussian."""
+        if self._seen is None:
+            return tuple(self.target.data)
+        others = {term_of(latent.name) for latent in self.density.latents} | {*self.others}
+        others |= self._met.deterministic.keys()
+        return (*(name for name in self._met.terms if name not in others), *self.aware)
+
+    @cached_property
+    def _in_residuals(self) -> bool:
+        """Whether residuals tell all that was seen, but by `NoiseAware` sites."""
+        return {*self.not_gaussian} <= {*self._met.curved, *self.aware}
+
+    @cached_property
+    def _met(self) -> GaussianSites:
+        """What a run of the program meets."""
+        assert self._seen is not None
+        met = self._seen.at(self._probes()[:, 0], self.density.single.data(0))
+        assert isinstance(met, GaussianSites)
+        return met
 
     @cached_property
     def linear(self) -> Linear | None:
@@ -276,17 +371,22 @@ class Conditioned:
             )
 
 
+def cholesky(matrix: Tensor) -> Tensor:
+    """The lower factor of each matrix, NaN where it has none: what went wrong is asked of the draws, not here."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    return torch.where(failed[..., None, None] == 0, factor, torch.nan)
+
+
 def _read_prior(target: Target) -> tuple[str, Prior, dict[str, NoiseAware]]:
     """The one latent with a `Prior`, and the observed sites with a `NoiseAware` law on its value."""
-    with forked_rng(0), torch.no_grad(), restored_store(), validation(False):
-        trace = poutine.trace(FlatStart(torch.get_default_dtype())(target.model)).get_trace(*target.args)
-    sites = {name: (node, innermost(node["fn"])) for name, node in sample_sites(trace).items()}
+    sites = sites_and_laws(target)
     found = {
         name: law for name, (node, law) in sites.items() if isinstance(law, Prior) and not node["is_observed"]
     }
     if len(found) != 1:
         raise InputError(_wrong_number(target, tuple(found)))
     (name,) = found
+    _check_condition(target, name, found[name])
     x = sites[name][0]["value"]
     aware = {
         other: law
@@ -294,6 +394,18 @@ def _read_prior(target: Target) -> tuple[str, Prior, dict[str, NoiseAware]]:
         if node["is_observed"] and isinstance(law, NoiseAware) and _is_same(law.x, x)
     }
     return name, found[name], aware
+
+
+def _check_condition(target: Target, name: str, prior: Prior) -> None:
+    """Raise `InputError` where the prior is another one when other latents are."""
+    if prior.condition is None:
+        return
+    again = sites_and_laws(target, seed=1)[name][1].condition
+    if again is None or not torch.equal(prior.condition, again):
+        raise InputError(
+            f"The condition of the prior at site {name!r} changes with other latents; this engine follows a prior that "
+            "stays. Give it a constant condition, or take an engine for densities, such as HMC() or NUTS()."
+        )
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:

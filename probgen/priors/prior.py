@@ -163,13 +163,12 @@ class Prior(TorchDistribution):
 
     def _density(self, x: Tensor) -> Tensor:
         c = self._rows_of_condition(len(x))
-        program = given(self.program, c)
-        if isinstance(program, Normalised):
-            return program.log_prob(x)
-        if isinstance(program, Energetic):
-            return -program.energy(x)
-        if isinstance(program, Guided):
-            return _elbo(program, Batch({"x": x}, c))
+        if isinstance(self.program, Normalised):
+            return given(self.program, c).log_prob(x)
+        if isinstance(self.program, Energetic):
+            return -given(self.program, c).energy(x)
+        if isinstance(self.program, Guided):
+            return _elbo(self.program, Batch({"x": x}, c))
         raise UnsupportedError(
             f"{self} has no density: draw from it, or condition it by an engine for scores."
         )

@@ -302,13 +302,13 @@ def compare(record: Record, vae: VAE, engine: Engine, posterior: Posterior, refe
     z, exact = posterior.flat("z"), reference.flat("z")
     shift = ((z.mean(0) - exact.mean(0)) / exact.std(0)).abs().mean()
     quality = f"means {shift:.2f} sd off, sd x {(z.std(0) / exact.std(0)).mean():.2f}"
-    found = agree(posterior, reference)
-    worst = abs(found.worst_z)
+    found = agree({describe(engine): posterior, "NUTS": reference})
+    worst = abs(found.worst.z)
     diagnosis = "agrees with NUTS" if found.ok else f"differs from NUTS, |z| <= {worst:.0f}"
     record.row(vae, engine, posterior.cost, quality, diagnosis, worst)
     if not found.ok:
         record.advise(
-            f"Latents by {describe(engine)} are an approximation, and one can see it: the {found.worst} lies "
+            f"Latents by {describe(engine)} are an approximation, and one can see it: the {found.worst.name} lies "
             f"{worst:.0f} standard errors from that of NUTS. Where that matters, pay for NUTS."
         )
 

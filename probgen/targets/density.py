@@ -46,6 +46,7 @@ class Density(ABC):
         has_log_prob: False where only the gradient is known; `value_and_grad` then returns NaN for the value.
         num_normals: standard normals that one evaluation takes: of a random estimate. `function(u)` then has a second
             argument `normals` `(num_normals, n)`; 0 for densities that are not random.
+        network_calls: that one evaluation takes for all chains, backward ones too, where they are known; else 0.
         dims: names of the dimensions of each site after (chain, draw).
     """
 
@@ -56,6 +57,7 @@ class Density(ABC):
     sets_shown: bool = False
     has_log_prob: bool = True
     num_normals: int = 0
+    network_calls: int = 0
     dims: dict[str, tuple[str, ...]]
 
     @abstractmethod

@@ -8,11 +8,12 @@ running single chains. What remains is run one chain after another.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 
 from probgen.core import Target
@@ -59,20 +60,24 @@ class Route:
         raise NotImplementedError
 
     def forgiving(self, u: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`value_and_grad`, with log p = -inf where the program fails.
+        """`value_and_grad`, with log p = -inf and a gradient of NaN where the program fails.
 
-        An ODE solver or a factorisation may fail far from where the posterior is: such points are never accepted. The
-        columns that fail are found by halving.
+        An ODE solver or a factorisation may fail far from where the posterior is: such points are never accepted. A
+        trajectory ends there, as nothing is finite on its way from a gradient of NaN. Where the program fails for
+        columns together, those that are not finite are left out, and the others taken apart by halving.
         """
         try:
             return self.value_and_grad(u, columns)
         except Exception:  # noqa: BLE001 -- programs raise what they like
-            if u.shape[1] == 1:
-                return u.new_full((1,), -torch.inf), torch.zeros_like(u)
-        columns = torch.arange(u.shape[1], device=u.device) if columns is None else columns
-        halves = zip(u.tensor_split(2, dim=1), columns.tensor_split(2), strict=True)
-        values, grads = zip(*[self.forgiving(*half) for half in halves], strict=True)
-        return torch.cat(values), torch.cat(grads, dim=1)
+            n = u.shape[1]
+        value, grad = u.new_full((n,), -torch.inf), torch.full_like(u, torch.nan)
+        columns = torch.arange(n, device=u.device) if columns is None else columns
+        finite = torch.isfinite(u).all(0).nonzero()[:, 0]
+        parts = finite.tensor_split(2) if len(finite) == n else [finite]
+        for part in parts:
+            if 0 < len(part) < n:
+                value[part], grad[:, part] = self.forgiving(u[:, part], columns[part])
+        return value, grad
 
     def chosen(self, columns: Tensor | None, n: int) -> Values:
         """The data set of each of n columns, `(n, ...)`."""
@@ -181,13 +186,8 @@ class Vmap(Route):
 
     def function(self, u: Tensor) -> Evaluate:
         """The operations of `value_and_grad` as recorded, if they can be and do the same; else `forgiving`."""
-        try:
-            with torch.enable_grad():
-                graph = recorded(self._over_columns(self._value_and_grad), u)
-            pairs = zip(graph(u), self.value_and_grad(u), strict=True)
-        except Exception:  # noqa: BLE001 -- there are many ways in which a recording can fail, and a way without it
-            return self.forgiving
-        return graph if all(close(found, expected) for found, expected in pairs) else self.forgiving
+        with torch.enable_grad():
+            return faithfully_recorded(self._over_columns(self._value_and_grad), u) or self.forgiving
 
     def values(self, u: Tensor) -> Values:
         with torch.no_grad():
@@ -242,6 +242,16 @@ class _MadeForEach(TorchFunctionMode):
         if func in self._MAKERS and made.is_floating_point():
             return made + self.u.new_zeros(made.shape, dtype=made.dtype)
         return made
+
+
+def faithfully_recorded(function: Callable[[Tensor], Sequence[Tensor]], u: Tensor) -> GraphModule | None:
+    """The operations of a function as recorded; None where they cannot be, or do something else at u."""
+    try:
+        graph = recorded(function, u)
+        pairs = zip(graph(u), function(u), strict=True)
+        return graph if all(close(found, expected) for found, expected in pairs) else None
+    except Exception:  # noqa: BLE001 -- there are many ways in which a recording can fail, and a way without it
+        return None
 
 
 def close(found: Tensor, expected: Tensor) -> bool:
