@@ -5,7 +5,8 @@
 A diffusion is fitted to real digits; of 20 held-out ones the lower half is hidden and the upper half seen with noise.
 Each engine draws 4 chains for every digit. Printed: R-hat and effective sample size by ArviZ, the share of hidden
 pixels whose value lies inside 90 % of the draws, network calls, seconds. Written: a picture for each
-engine, and figures.json. GuidedSDE is an approximation whose draws are independent: its R-hat says nothing about its bias.
+engine, and figures.json. GuidedSDE approximates: that its R-hat is 1 says nothing
+about its bias.
 """
 
 from __future__ import annotations

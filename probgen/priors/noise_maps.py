@@ -36,7 +36,7 @@ from probgen.processes import Grid, as_grid
 from probgen.targets.bijections import bijection
 from probgen.targets.point import is_record
 
-_ROWS = 11  # of the first run: a number that few shapes hold
+_ROWS = 11  # of the first run, for each row of a condition: a number that few shapes hold
 _GAUSSIAN = (Normal, DiagonalNormal, MultivariateNormal)
 
 
@@ -181,7 +181,7 @@ class ProgramMap:
     def __init__(self, prior: Any, solver: Solver) -> None:
         self.prior, self.sites = prior, _SiteMaps(solver)
         with torch.no_grad():
-            run = self._run(_ROWS, None)
+            run = self._run(_ROWS * (1 if prior.condition is None else len(prior.condition)), None)
         self.size, self.num_calls = run.used, 1 + run.num_calls
 
     def __call__(self, noise: Tensor) -> Carried:
