@@ -95,6 +95,7 @@ def nonlinear(prior: GaussianMixture, noise: float = 0.3) -> Testbed:
 TESTBEDS: dict[str, Callable[[int], Testbed]] = {
     "gaussian": lambda dim: linear(gaussian(dim)),
     "mixture": lambda dim: linear(GaussianMixture.example(dim)),
+    "sharp": lambda dim: linear(GaussianMixture.example(dim), noise=0.1),
     "tanh": lambda dim: nonlinear(GaussianMixture.example(dim)),
 }
 

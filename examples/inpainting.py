@@ -46,15 +46,19 @@ def fit_prior(num_steps: int, width: int) -> tuple[ScoreSDE, Tensor]:
         return prior, held_out.all()
 
 
-def condition(prior: ScoreSDE, truth: Tensor, engine: Engine, num_draws: int) -> Posterior:
+def noisy_upper_half(truth: Tensor) -> Tensor:
+    """What is seen of digits `(n, 1, 8, 8)`: `(n, 1, 4, 8)`."""
+    with forked_rng(1):
+        return truth[..., :4, :] + NOISE * torch.randn_like(truth[..., :4, :])
+
+
+def condition(prior: ScoreSDE, y: Tensor, engine: Engine, num_draws: int) -> Posterior:
     """p(x | upper half) for every digit, side by side; data sets are digits."""
 
     def upper_half_seen() -> None:
         x = pyro.sample("x", Prior(prior))
         pyro.sample("y", dist.Normal(x[..., :4, :], NOISE).to_event(3))
 
-    with forked_rng(1):
-        y = truth[..., :4, :] + NOISE * torch.randn_like(truth[..., :4, :])
     data = DataSets({"y": y})
     return infer(upper_half_seen, engine, data=data, num_draws=num_draws, num_chains=4, seed=0, progress=True)
 
@@ -92,13 +96,13 @@ def main(
     print(__doc__)
     prior, held_out = fit_prior(num_steps, width)
     truth = held_out[:num_digits]
-    seen = truth.clone()
-    seen[..., 4:, :] = torch.nan
+    y = noisy_upper_half(truth)
+    seen = torch.cat([y, torch.full_like(truth[..., 4:, :], torch.nan)], -2)
     figures = {}
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     for name, engine in (engines or ENGINES).items():
-        posterior = condition(prior, truth, engine, num_draws)
+        posterior = condition(prior, y, engine, num_draws)
         figures[name] = judge(posterior, truth)
         print(name, {key: round(value, 3) for key, value in figures[name].items()})
         file = folder / f"{name.lower().replace(' ', '_')}.png"

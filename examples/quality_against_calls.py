@@ -11,7 +11,7 @@ with about twenty calls the best deterministic solver is closer than the reverse
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,16 @@ def main(
 
 
 def serves(engine: type, mixture: GaussianMixture) -> bool:
-    """Engines that carry noise to data; ancestral sampling does so along a chain."""
-    return engine is Ancestral or (issubclass(engine, FlowEngine) and bool(engine().supports(mixture)))
+    """Engines that carry noise to data, and nothing else to start from; ancestral sampling does so along a chain."""
+    if engine is Ancestral:
+        return True
+    from_noise = issubclass(engine, FlowEngine) and not any(is_required(field) for field in fields(engine))
+    return from_noise and bool(engine().supports(mixture))
+
+
+def is_required(field: Field[Any]) -> bool:
+    """Whether an engine cannot be made without it."""
+    return field.default is MISSING and field.default_factory is MISSING
 
 
 def at_budgets(

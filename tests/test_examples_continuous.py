@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import io
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from torch import Tensor
 
-FOLDER = Path(__file__).parent.parent / "examples"
+from example_tools import load, run
+
 TINY: dict[str, dict[str, Any]] = {
     "trajectories": {"num_particles": 1000, "num_steps": 60},
     "score_field": {"num_arrows": 8},
@@ -23,21 +20,6 @@ TINY: dict[str, dict[str, Any]] = {
 }
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def run(module: ModuleType, folder: Path, **settings: Any) -> str:
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        module.main(folder, **settings)
-    return printed.getvalue()
-
-
 @pytest.mark.parametrize("name", TINY)
 def test_an_example_draws_its_picture_and_checks_its_claim(name: str, tmp_path: Path) -> None:
     text = run(load(name), tmp_path / "new", **TINY[name])
@@ -45,11 +27,6 @@ def test_an_example_draws_its_picture_and_checks_its_claim(name: str, tmp_path: 
     pictures = list((tmp_path / "new").iterdir())
     assert pictures
     assert all(picture.stat().st_size > 10_000 for picture in pictures)
-
-
-def test_every_picture_is_run_here() -> None:
-    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"quickstart"}
-    assert {name for name in scripts if "Claim: " in (FOLDER / f"{name}.py").read_text()} == set(TINY)
 
 
 def test_quality_is_measured_for_every_engine_that_carries_noise_to_data(tmp_path: Path) -> None:

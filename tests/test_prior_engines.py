@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
 from torch import Tensor
 
 from conditioned_tools import white_gaussian
@@ -63,7 +62,9 @@ def worst_z(engine: Engine) -> float:
     assert x.shape == (NUM_RUNS, NUM_DRAWS, 8)
     averages = {case.mean: x.mean(1), case.sd**2: (x - case.mean).square().mean(1)}
     return max(
-        z_of(part, exact) for exact, found in averages.items() for part in (found, found.mean(1, keepdim=True))
+        z_of(part, exact)
+        for exact, found in averages.items()
+        for part in (found, found.mean(1, keepdim=True))
     )
 
 

@@ -25,7 +25,7 @@ from azula.sample import DDPMSampler
 from torch import Tensor
 
 from benchmarks.calibration_testbeds import DTYPE, Testbed
-from probgen.core import Cost, Engine, Posterior, Target
+from probgen.core import Cost, Engine, Posterior, Target, UnsupportedError
 from probgen.randomness import forked_rng
 
 
@@ -58,7 +58,7 @@ class Azula(Engine):
     Args:
         name: of the sampler.
         bed: whose program it is given.
-        steps: network calls, each with a way back.
+        steps: network calls, each with one way back or more.
         particles: of a population.
     """
 
@@ -73,12 +73,15 @@ class Azula(Engine):
 
     def run(self, target: Target, *, num_draws: int, num_chains: int, seed: int, **_: Any) -> Posterior:
         """See `Engine.run`."""
+        if not is_linear(self.bed):
+            raise UnsupportedError("azula's samplers are given y that is linear in x.")
         started, denoiser = time.perf_counter(), Exact(self.bed)
         total = num_chains * num_draws
         with forked_rng(seed):
             x = self._draw(denoiser, target.sets["y"], total)
         draws = x.unflatten(0, (num_chains, num_draws))
-        cost = Cost(denoiser.calls, denoiser.calls, time.perf_counter() - started)
+        ways_back = {"TMPD": 2, "MMPS": 1 + target.sets["y"].shape[1]}.get(self.name, 1)
+        cost = Cost(denoiser.calls, ways_back * denoiser.calls, time.perf_counter() - started)
         return Posterior({"x": draws}, self.kind, self.guarantee, self.name, cost, target=target)
 
     def _draw(self, denoiser: Exact, y: Tensor, total: int) -> Tensor:
@@ -139,6 +142,11 @@ def tds(bed: Testbed, denoiser: Exact, y: Tensor, options: dict[str, Any]) -> TD
         return torch.distributions.MultivariateNormal(bed.observe(x_hat), covariance).log_prob(y)
 
     return TDSSampler(denoiser, twist, **options)
+
+
+def is_linear(bed: Testbed) -> bool:
+    x = torch.eye(bed.prior.event_shape[0], dtype=DTYPE)
+    return torch.allclose(bed.observe(2 * x), 2 * bed.observe(x))
 
 
 def matrix(bed: Testbed) -> Tensor:

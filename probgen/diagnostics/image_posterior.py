@@ -97,7 +97,7 @@ def _draw(axes: Axes, rows: dict[str, Array], title: str) -> None:
     axes.tick_params(length=0)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
-    axes.set_title(title)
+    axes.set_title(title, wrap=True)
 
 
 def example() -> dict[str, Tensor]:

@@ -380,11 +380,10 @@ def cholesky(matrix: Tensor) -> Tensor:
 def _read_prior(target: Target) -> tuple[str, Prior, dict[str, NoiseAware]]:
     """The one latent with a `Prior`, and the observed sites with a `NoiseAware` law on its value."""
     sites = sites_and_laws(target)
-    found = {
-        name: law for name, (node, law) in sites.items() if isinstance(law, Prior) and not node["is_observed"]
-    }
+    priors = {name: law for name, (_, law) in sites.items() if isinstance(law, Prior)}
+    found = {name: law for name, law in priors.items() if not sites[name][0]["is_observed"]}
     if len(found) != 1:
-        raise InputError(_wrong_number(target, tuple(found)))
+        raise InputError(_wrong_number(target, tuple(found), tuple(priors)))
     (name,) = found
     _check_condition(target, name, found[name])
     x = sites[name][0]["value"]
@@ -412,7 +411,12 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.shape == b.shape and a.data_ptr() == b.data_ptr())
 
 
-def _wrong_number(target: Target, found: tuple[str, ...]) -> str:
+def _wrong_number(target: Target, found: tuple[str, ...], priors: tuple[str, ...]) -> str:
+    if priors and not found:
+        return (
+            f"Site {priors[0]!r} of {describe(target.program)}, which has the law of a fitted program, was observed: "
+            "nothing is left to infer. Observe what was seen of it, at sites below it."
+        )
     if not found:
         return (
             f"{describe(target.program)} has no latent site with the law of a fitted program. Write it as "

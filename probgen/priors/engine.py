@@ -225,7 +225,7 @@ def _check_alone(engine: GuidedEngine, conditioned: Conditioned) -> None:
         raise UnsupportedError(
             f"{engine} draws {conditioned.name!r} alone, and {describe(conditioned.target.program)} has other latents: "
             f"{', '.join(map(repr, conditioned.others))}. Engines that draw them beside a prior: TwistedSMC, "
-            "SplitGibbs, HMC(space='noise')."
+            "SplitGibbs, HMC(space='noise'). What was seen is observed: data={'y': y}."
         )
     level(conditioned, conditioned.process.t_max)
 

@@ -111,7 +111,7 @@ class NoiseDensity(Density):
         self.dtype, self.device = conditioned.dtype, conditioned.device
         self.num_sets, self.sets_shown = conditioned.num_sets, conditioned.sets_shown
         self.dims = conditioned.dims
-        self.network_calls = 2 * self.map.num_calls
+        self.network_calls = self.map.num_calls
 
     # --- the path from noise to data ---
 

@@ -6,6 +6,8 @@ are rows `(runs * particles * sets, ...)` in this order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -85,14 +87,20 @@ def spread(values: Tensor, log_weights: Tensor) -> Tensor:
     return factor
 
 
-def check_weights(log_weights: Tensor, t: float) -> None:
-    """Raise `InputError` where a weight is NaN, or no particle of a population has any, at time t."""
+def check_weights(log_weights: Tensor, t: float, blame: Callable[[int], str]) -> None:
+    """Raise `InputError` where a weight is NaN, or no particle of a population has any, at time t.
+
+    Args:
+        log_weights: `(runs, particles, sets)`.
+        t: the time.
+        blame: what is not finite at a row, in words.
+    """
     lost = log_weights.isnan() | (log_weights == torch.inf)
     if bool(lost.any()):
         raise InputError(
-            f"The likelihood of {int(lost.sum())} of {lost.numel()} particles is NaN or infinite at t = {t:.4g}: what "
-            "is the program's density where E[x_0 | x_t] may be? Clamp what must be positive, and check that no "
-            "noise is 0."
+            f"The likelihood of {int(lost.sum())} of {lost.numel()} particles is NaN or infinite at t = {t:.4g}: "
+            f"{blame(int(lost.flatten().nonzero()[0]))}. What is it where E[x_0 | x_t] may be? Clamp what must be "
+            "positive, and check that no noise is 0."
         )
     empty = (log_weights == -torch.inf).all(1)
     if bool(empty.any()):

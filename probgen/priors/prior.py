@@ -45,7 +45,7 @@ class Prior(TorchDistribution):
         validate_args: check values; None takes torch's setting.
 
     Raises:
-        InputError: what is given is no program of one site "x" with an `event_shape`.
+        InputError: what is given is no program of one site "x" with an `event_shape`; a condition without rows.
         UnsupportedError: a draw or a density is asked for that the program does not have.
 
     >>> import pyro
@@ -67,7 +67,7 @@ class Prior(TorchDistribution):
         num_steps: int = 25,
         validate_args: bool | None = None,
     ) -> None:
-        _check(program, sampler)
+        _check(program, condition, sampler)
         self.program, self.condition, self.sampler, self.num_steps = program, condition, sampler, num_steps
         self.like = floating_weight(program).detach().reshape(-1)[:0]
         rows = () if condition is None else condition.shape[:1]
@@ -196,11 +196,17 @@ def _elbo(program: Guided, batch: Batch) -> Tensor:
     return sum((weight[0] for weight in weights.values()), torch.zeros(batch.size).to(batch.data["x"]))
 
 
-def _check(program: Any, sampler: Any) -> None:
+def _check(program: Any, condition: Any, sampler: Any) -> None:
     if not isinstance(program, Program) or not hasattr(program, "event_shape"):
         raise InputError(
             f"Prior needs a fitted program with a model(batch) and an event_shape, got {describe(program)}. A Pyro "
             "function is already a program: call it inside yours."
+        )
+    if condition is not None and not (isinstance(condition, Tensor) and condition.ndim):
+        got = f"shape {tuple(condition.shape)}" if isinstance(condition, Tensor) else describe(condition)
+        raise InputError(
+            f"The condition of Prior({describe(program)}) must be a tensor of one row for each element of the batch, "
+            f"got {got}; one row is c[None]."
         )
     if sampler is not None and not isinstance(sampler, Engine):
         raise InputError(f"sampler must be an engine such as Ancestral(), got {sampler!r}.")

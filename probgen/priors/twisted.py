@@ -273,10 +273,18 @@ class TwistedFilter:
 
     def _note(self, cloud: _Cloud, t: float) -> None:
         log_weight = self._by_population(cloud.log_weight)
-        check_weights(log_weight, t)
+        check_weights(log_weight, t, lambda row: self._blame(cloud, row))
         self.ess.append(effective_size(log_weight))
         self.ancestors.append(num_represented(self._by_population(cloud.ancestor)))
         self.show(smallest_ess=float(self.ess[-1].min()), ancestors=int(self.ancestors[-1].min()))
+
+    def _blame(self, cloud: _Cloud, row: int) -> str:
+        """What is not finite at a particle, in words."""
+        x_0, z = cloud.x_0[row, None], cloud.z[row, None]
+        if not bool(torch.isfinite(x_0).all()):
+            return f"E[x_0 | x_t] of the prior at site {self.conditioned.name!r} is not finite"
+        u = self.conditioned.join(x_0, z if self.setup.others else None)
+        return f"{self.conditioned.density.blame(u)} is not finite"
 
     def _by_population(self, value: Tensor) -> Tensor:
         """`(rows,)` as `(runs, particles, sets)`."""

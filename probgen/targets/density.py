@@ -46,7 +46,7 @@ class Density(ABC):
         has_log_prob: False where only the gradient is known; `value_and_grad` then returns NaN for the value.
         num_normals: standard normals that one evaluation takes: of a random estimate. `function(u)` then has a second
             argument `normals` `(num_normals, n)`; 0 for densities that are not random.
-        network_calls: that one evaluation takes for all chains, backward ones too, where they are known; else 0.
+        network_calls: that one evaluation takes, of all chains at once, the way back not counted; 0 where unknown.
         dims: names of the dimensions of each site after (chain, draw).
     """
 

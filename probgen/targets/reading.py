@@ -164,18 +164,19 @@ def read_sites(target: Target) -> dict[str, Site]:
     """Run the program once, validation on, and describe its sample sites."""
 
     def run(dtype: torch.dtype) -> Any:
-        return poutine.trace(FlatStart(dtype)(target.model)).get_trace(*target.args)
-
-    with forked_rng(0), torch.no_grad(), restored_store(), validation(True):
+        start = FlatStart(dtype)
         try:
-            trace = with_flat_dtype(target, run)
+            return poutine.trace(start(target.model)).get_trace(*target.args)
         except ProbgenError:
             raise
         except Exception as error:
             raise InputError(
                 f"Running {describe(target.program)} on the given data and arguments failed: {first_line(error)} "
-                "Check the shapes of data and args against the program."
+                f"Check shapes and values of data and args against the program{start.reached}."
             ) from error
+
+    with forked_rng(0), torch.no_grad(), restored_store(), validation(True):
+        trace = with_flat_dtype(target, run)
     return {
         name: _site(name, node, target.sets.get(name))
         for name, node in sample_sites(trace).items()
@@ -234,8 +235,10 @@ class FlatStart(Messenger):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
+        self.reached = ""
 
     def _pyro_sample(self, msg: Any) -> None:
+        self.reached = f" after site {msg['name']!r}"
         if msg["is_observed"]:
             return
         law = innermost(msg["fn"])
