@@ -382,7 +382,10 @@ NOT_SERVED = {
     ("Ancestral", "EDM"): "the chain of DDPM starts at N(0, I)",
     ("Ancestral", "OU"): "even steps of t miss the rise of sigma, the root of 10 t: it would take 8,000",
 }
-APART = {"AnnealedLangevin": "one chain whatever the process, and slow: below it has tests of its own"}
+APART = {
+    "AnnealedLangevin": "one chain whatever the process, and slow: below it has tests of its own",
+    "SDEdit": "draws near a guide, not from the law of the data: tests/test_editing.py has its law",
+}
 
 
 # --- mutants ------------------------------------------------------------------------------------------------------
