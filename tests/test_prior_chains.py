@@ -365,7 +365,7 @@ def test_density_of_a_flow_under_chains() -> None:
     """A diffusion that has no density but that of its ODE: HMC in data space agrees with the exact posterior."""
     case, y = linear(2, 0.5, num_seen=1), torch.tensor([0.7], dtype=DTYPE)
     law = case._replace(prior=Denoiser())
-    x = draws(law.program, HMC(num_steps=3, num_warmup=30), {"y": y}, 10, 64)["x"]
+    x = draws(law.program, HMC(num_steps=3, num_warmup=30), {"y": y}, 40, 32)["x"]
     assert worst_z(by_coordinate(x), moments_of(case.given(y).posterior)).size < LIMIT
 
 
