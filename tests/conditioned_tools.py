@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pyro
 import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from probgen.core import Batch
 from probgen.models.gaussian_mixture import GaussianMixture
@@ -63,6 +63,25 @@ class Linear(NamedTuple):
             x = self.prior.model(Batch(num_rows=num_pairs))
             y = x @ self.operator.mT
             return x, y + self.noise * torch.randn_like(y)
+
+
+class Denoiser(nn.Module):
+    """A diffusion that knows nothing but E[x_0 | x_t]: its density is that of its ODE, its score Tweedie's."""
+
+    event_shape = (2,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.oracle = GaussianMixture.example()
+
+    def process(self) -> Any:
+        return self.oracle.process()
+
+    def denoise(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return self.oracle.denoise(x_t, t)
+
+    def model(self, batch: Batch) -> Tensor:
+        return self.oracle.model(batch)
 
 
 def gaussian_prior(dim: int, process: Process = VP()) -> GaussianMixture:  # noqa: B008 - frozen

@@ -14,7 +14,7 @@ from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
-from conditioned_tools import DTYPE, linear, mean_z, sd_z
+from conditioned_tools import DTYPE, Denoiser, linear, mean_z, sd_z
 from probgen import ELBO, Ancestral, DenoisingScoreMatching, InputError, UnsupportedError, fit, infer
 from probgen.core import Batch
 from probgen.inference.hmc import HMC
@@ -31,25 +31,6 @@ from probgen.randomness import forked_rng
 
 LIMIT = 4.5  # standard errors
 MIXTURE = GaussianMixture.example()
-
-
-class Denoiser(nn.Module):
-    """A diffusion that knows nothing but E[x_0 | x_t]: its density is that of its ODE."""
-
-    event_shape = (2,)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.oracle = GaussianMixture.example()
-
-    def process(self) -> Any:
-        return self.oracle.process()
-
-    def denoise(self, x_t: Tensor, t: Tensor) -> Tensor:
-        return self.oracle.denoise(x_t, t)
-
-    def model(self, batch: Batch) -> Tensor:
-        return self.oracle.model(batch)
 
 
 class Loose(ConjugateGaussian):

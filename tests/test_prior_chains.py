@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conditioned_tools import DTYPE, Conjugate, gaussian_prior, linear, mixture, white_gaussian
+from conditioned_tools import DTYPE, Conjugate, Denoiser, gaussian_prior, linear, mixture, white_gaussian
 from mcmc_tools import Moments, max_r_hat, worst_z
 from probgen import DataSets, InputError, Posterior, UnsupportedError, infer
 from probgen.core import Batch
@@ -310,25 +310,6 @@ def test_data_sets_side_by_side() -> None:
 
 
 # --- the score -------------------------------------------------------------------------------------------------------
-
-
-class Denoiser(nn.Module):
-    """A diffusion that knows nothing but E[x_0 | x_t]."""
-
-    event_shape = (2,)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.oracle = GaussianMixture.example()
-
-    def process(self) -> Any:
-        return self.oracle.process()
-
-    def denoise(self, x_t: Tensor, t: Tensor) -> Tensor:
-        return self.oracle.denoise(x_t, t)
-
-    def model(self, batch: Batch) -> Tensor:
-        return self.oracle.model(batch)
 
 
 @pytest.mark.parametrize("oracle", [True, False])

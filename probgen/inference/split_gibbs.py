@@ -21,7 +21,6 @@ from probgen.core import (
     check_count,
     describe,
 )
-from probgen.dynamics.fields import Output
 from probgen.kernels import (
     ChainState,
     Coordinates,
@@ -39,6 +38,7 @@ from probgen.kernels.noise import Normals
 from probgen.kernels.starts import left_behind, starting_points
 from probgen.kernels.state import check_fits
 from probgen.priors.conditioned import Conditioned
+from probgen.priors.engine import CallCounter
 from probgen.priors.split import Level as NoiseLevel
 from probgen.priors.split import Near, Pull, draw_prior, levels, near, noise_range
 from probgen.progress import ticker
@@ -147,13 +147,13 @@ class SplitGibbs(Engine):
     ) -> Posterior:
         """Run the chains; see `Engine.run`."""
         started = time.perf_counter()
-        calls = _Calls()
-        conditioned = Conditioned(target).through(calls.around)
+        counter = CallCounter()
+        conditioned = Conditioned(target).through(counter.around)
         stages = {"warm-up": 0 if state else self.num_warmup, "drawing": num_draws * self.thin}
         bar = ticker(describe(self), stages, progress, rates=("network_calls",))
         with torch.no_grad(), frozen(conditioned.prior.program), bar as update:
             chains = _Chains(self, conditioned, num_chains, seed)
-            chains.show = lambda: update(chains.made, rho=chains.coldest.rho, network_calls=calls.count)
+            chains.show = lambda: update(chains.made, rho=chains.coldest.rho, network_calls=counter.calls)
             if state is None:
                 chains.begin(init)
                 chains.warm_up(anneal=init is None)
@@ -164,7 +164,7 @@ class SplitGibbs(Engine):
             sites = chains.sites(u)
         cost = replace(
             warm_up,
-            network_calls=calls.count,
+            network_calls=counter.calls,
             gradients=chains.gradients - warm_up.warmup_gradients,
             seconds=time.perf_counter() - started - warm_up.warmup_seconds,
         )
@@ -180,19 +180,6 @@ class SplitGibbs(Engine):
             state=chains.saved(),
             target=target,
         )
-
-
-class _Calls:
-    """Counts the calls of a network."""
-
-    count = 0
-
-    def around(self, output: Output) -> Output:
-        def counted(x: Tensor, t: Tensor) -> Tensor:
-            self.count += 1
-            return output(x, t)
-
-        return counted
 
 
 class _Chains:

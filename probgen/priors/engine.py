@@ -103,7 +103,7 @@ class GuidedEngine(Engine):
             torch.no_grad(),
             ticker(describe(self), num_calls, progress) as update,
         ):
-            counter = _Counter(update)
+            counter = CallCounter(update)
             counted = conditioned.through(counter.around)
             parts = [self._batch(counted, steps, noise) for noise in batches]
             x = torch.cat([part.unflatten(0, (num_chains, -1, counted.num_sets)) for part in parts], dim=1)
@@ -239,13 +239,15 @@ def _batches(
         yield Noise(seed, num_chains, count, conditioned.shape, dtype, conditioned.device, first, rows)
 
 
-class _Counter:
+class CallCounter:
     """Counts the calls of a network and the ways back through it, and shows the calls."""
 
-    def __init__(self, update: Callable[..., None]) -> None:
+    def __init__(self, update: Callable[..., None] = lambda *_: None) -> None:
         self.calls, self.gradients, self.update = 0, 0, update
 
     def around(self, output: Output) -> Output:
+        """The network, counted."""
+
         def counted(x: Tensor, t: Tensor) -> Tensor:
             self.calls += 1
             self.update(self.calls)
