@@ -38,6 +38,18 @@ class UnsupportedError(ProbgenError):
     """An engine, objective or estimator needs what this program does not offer; the message says which would do."""
 
 
+class FileError(InputError):
+    """A file or folder that cannot be read or written: missing, another's, locked, or the disk is full."""
+
+
+class DamagedFile(FileError):
+    """A file that was cut or changed since it was written, or was never what it is taken for."""
+
+
+class DamagedFileWarning(UserWarning):
+    """A damaged file was passed over for an older one that is whole."""
+
+
 class NonFiniteWarning(UserWarning):
     """Some draws turned NaN or infinite; they are so in the result, and the others are unaffected."""
 
