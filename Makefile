@@ -3,13 +3,13 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-CHECKED := $(wildcard probgen tests benchmarks examples conftest.py)
+CHECKED := $(wildcard probgen tests benchmarks examples docs/hooks conftest.py)
 # Two test processes on two cores: one thread each, or they wait for one another.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format benchmark clean
+.PHONY: help setup demo docs test test-all lint format benchmark clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */\1: /p' Makefile
@@ -29,8 +29,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[test]'
 	@touch $@
 
-demo: setup  ## real digits, two programs, every engine; leaves runs/demo/
+demo: setup  ## real digits, two programs, every engine; ends with runs/demo/report.html
 	$(BIN)/probgen demo
+
+docs: setup  ## the documentation, in build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "Open build/docs/index.html"
 
 test: lint  ## what every change must pass
 	$(PYTEST)

@@ -1,6 +1,7 @@
 """Guards around every test; at the root, so that the docstrings of the package stand under them too."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 os.environ["MPLBACKEND"] = "Agg"  # before anything imports Matplotlib: no test opens a window
@@ -9,6 +10,9 @@ import pyro
 import pytest
 
 from global_state import SETTINGS, unchanged
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in background jobs; tests press Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -33,7 +33,7 @@ from probgen.data import Quantised, mnist
 from probgen.diagnostics.frechet import frechet_floor
 from probgen.diagnostics.plots import image_grid
 from probgen.nets import Classifier
-from probgen.report.demo import Reader
+from probgen.report.steps.yardstick import Reader
 
 
 def fit_flow(train: Quantised, steps: int, widths: tuple[int, ...], batch_size: int) -> FlowMatching:

@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "core": ["Batch", "DataSets", "Estimate", "InputError", "Posterior", "ProbgenError", "UnsupportedError"],
+    "core": [
+        "Batch",
+        "DamagedFile",
+        "DataSets",
+        "Estimate",
+        "FileError",
+        "InputError",
+        "Posterior",
+        "ProbgenError",
+        "UnsupportedError",
+    ],
     "fitting": ["History", "Optim", "fit"],
     "targets": ["Pair"],
     "verbs": ["infer"],
@@ -22,6 +32,9 @@ _HOME = {
     "processes": ["EDM", "OU", "VE", "VP", "CosineVP", "Karras", "OTPath", "Power", "SubVP"],
     "nets": ["MLP", "TimeMLP", "UNet"],
     "data": ["Quantised", "digits"],
+    "data_files": ["Table", "read_data"],
+    "devices": ["Devices"],
+    "saving": ["load", "save"],
     "arviz_io": ["to_arviz"],
     "conditioning": ["Labels", "Vector"],
     "distributions": ["FlowLaw"],
@@ -114,10 +127,12 @@ if TYPE_CHECKING:
     from probgen.core import (
         Batch as Batch,
     )
+    from probgen.core import DamagedFile as DamagedFile
     from probgen.core import DataSets as DataSets
     from probgen.core import (
         Estimate as Estimate,
     )
+    from probgen.core import FileError as FileError
     from probgen.core import (
         InputError as InputError,
     )
@@ -132,6 +147,9 @@ if TYPE_CHECKING:
     )
     from probgen.data import Quantised as Quantised
     from probgen.data import digits as digits
+    from probgen.data_files import Table as Table
+    from probgen.data_files import read_data as read_data
+    from probgen.devices import Devices as Devices
     from probgen.diagnostics import (
         agree as agree,
     )
@@ -268,6 +286,8 @@ if TYPE_CHECKING:
     from probgen.processes import OTPath as OTPath
     from probgen.processes import Power as Power
     from probgen.processes import SubVP as SubVP
+    from probgen.saving import load as load
+    from probgen.saving import save as save
     from probgen.targets import Pair as Pair
     from probgen.verbs import evidence as evidence
     from probgen.verbs import infer as infer

@@ -6,6 +6,7 @@ ArviZ 0.2x takes groups as keywords and gives `InferenceData`; from 1.0 on it ta
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from probgen.core import InputError, Posterior, did_you_mean
+from probgen.core import InputError, NonNegativeInt, Posterior, check_arguments, did_you_mean
 from probgen.replay import (
     improper,
     log_likelihood,
@@ -60,7 +61,7 @@ class Groups:
     coords: dict[str, Array]
 
 
-def to_arviz(posterior: Posterior, *, groups: Collection[str] | None = None, seed: int = 0) -> Any:
+def to_arviz(posterior: Posterior, *, groups: Collection[str] | None = None, seed: NonNegativeInt = 0) -> Any:
     """The posterior as ArviZ knows it, ready for its plots and for `to_netcdf`.
 
     Args:
@@ -78,14 +79,20 @@ def to_arviz(posterior: Posterior, *, groups: Collection[str] | None = None, see
     >>> data.posterior["z"].dims
     ('chain', 'draw', 'school')
     """
+    check_arguments(to_arviz, locals())
     result = build(_arviz(), to_groups(posterior, groups=groups, seed=seed))
-    result.attrs.update(
-        inference_library="probgen",
-        engine=posterior.engine,
-        kind=posterior.kind,
-        guarantee=posterior.guarantee,
-    )
+    result.attrs.update(attributes(posterior))
     return result
+
+
+def attributes(posterior: Posterior) -> dict[str, str]:
+    """What ArviZ keeps of a posterior beside its arrays."""
+    return {
+        "inference_library": "probgen",
+        "engine": posterior.engine,
+        "kind": posterior.kind,
+        "guarantee": posterior.guarantee,
+    }
 
 
 def to_groups(posterior: Posterior, *, groups: Collection[str] | None = None, seed: int = 0) -> Groups:
@@ -95,8 +102,8 @@ def to_groups(posterior: Posterior, *, groups: Collection[str] | None = None, se
     else:
         _check_available(posterior, groups)
     values = {name: _arrays(tensors) for name, tensors in _group_values(posterior, groups, seed).items()}
-    dims = {_safe(site): [_safe(dim) for dim in names] for site, names in _dims(posterior, groups).items()}
-    return Groups(values, dims, {_safe(dim): np.asarray(labels) for dim, labels in posterior.coords.items()})
+    dims = {safe(site): [safe(dim) for dim in names] for site, names in _dims(posterior, groups).items()}
+    return Groups(values, dims, {safe(dim): np.asarray(labels) for dim, labels in posterior.coords.items()})
 
 
 def _check_available(posterior: Posterior, groups: Collection[str]) -> None:
@@ -137,6 +144,46 @@ def build(arviz: ModuleType, groups: Groups) -> Any:
         return arviz.from_dict(**groups.values, dims=groups.dims, coords=groups.coords)
 
 
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def to_netcdf(groups: Groups, attrs: Mapping[str, str]) -> bytes:
+    """The content of a netCDF file of these groups, as ArviZ reads and writes them."""
+    arviz = _arviz()
+    tree = build(arviz, groups) if _is_nested(arviz) else build(arviz, groups).to_datatree()
+    tree.attrs.update(attrs)
+    return bytes(tree.to_netcdf(engine="h5netcdf"))
+
+
+def from_netcdf(content: bytes) -> tuple[Groups, dict[str, Any]]:
+    """The arrays of every group in a netCDF file, and its attributes; dims are those after (chain, draw)."""
+    import xarray
+
+    with xarray.open_datatree(io.BytesIO(content), engine="h5netcdf") as tree:
+        parts = {str(name): part for name, part in tree.load().children.items()}
+    dims = {
+        str(name): [*map(str, value.dims[2:])]
+        for part in parts.values()
+        for name, value in part.data_vars.items()
+        if value.dims[:2] == ("chain", "draw")
+    }
+    coords = {
+        str(dim): labels.values
+        for part in parts.values()
+        for dim, labels in part.coords.items()
+        if dim not in ("chain", "draw")
+    }
+    groups = Groups(
+        {
+            name: {str(key): value.values for key, value in part.data_vars.items()}
+            for name, part in parts.items()
+        },
+        dims,
+        coords,
+    )
+    return groups, {str(name): value for name, value in tree.attrs.items()}
+
+
 # --- ArviZ's diagnostics, in the same words for both generations --------------------------------------------------
 
 
@@ -145,7 +192,8 @@ def chain_table(posterior: Posterior) -> Any:
     arviz = _arviz()
     data = build(arviz, to_groups(posterior, groups=["posterior"]))
     width = {"ci_kind": "hdi", "ci_prob": HDI_PROB} if _is_nested(arviz) else {"hdi_prob": HDI_PROB}
-    with np.errstate(over="ignore", invalid="ignore"):  # draws that ran away are told in sentences
+    # Draws that ran away, or stood still, are told in sentences.
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         table = arviz.summary(data, round_to="none", **width)
     return table.rename(columns={"hdi94_lb": "hdi_3%", "hdi94_ub": "hdi_97%"})
 
@@ -320,7 +368,7 @@ def _set_last(name: str, value: Tensor) -> tuple[str, ...]:
 
 
 def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, Array]:
-    return {_safe(name): _array(value) for name, value in tensors.items()}
+    return {safe(name): _array(value) for name, value in tensors.items()}
 
 
 def _array(value: Tensor) -> Array:
@@ -329,6 +377,6 @@ def _array(value: Tensor) -> Array:
     return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
 
 
-def _safe(name: str) -> str:
+def safe(name: str) -> str:
     """A name that neither netCDF reads as a path nor ArviZ takes for its own dimensions."""
     return f"{name}_" if name in ("chain", "draw") else name.replace("/", ".")

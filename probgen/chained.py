@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import pyro
@@ -74,7 +74,7 @@ class ChainedProgram(DenoisingProgram):
         prediction: Prediction | None,
         last_step: LastStep,
         *,
-        event_shape: tuple[int, ...] | None = None,
+        event_shape: Sequence[int] | None = None,
         condition: Condition | None = None,
         condition_dropout: float = 0.1,
     ) -> None:

@@ -10,7 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from probgen.core import InputError, check_count
+from probgen.core import InputError, Probability, Size, check_arguments, check_fields
+from probgen.recorded import nameable
 
 
 class Condition(Protocol):
@@ -29,6 +30,7 @@ class Condition(Protocol):
         """A network c -> features `(rows, width)`, those of a missing c learned."""
 
 
+@nameable
 @dataclass(frozen=True)
 class Labels:
     """c is a class, int64 `(rows,)` in [0, num_classes); -1 is missing.
@@ -40,10 +42,10 @@ class Labels:
     tensor([-1, -1])
     """
 
-    num_classes: int
+    num_classes: Size
 
     def __post_init__(self) -> None:
-        check_count("num_classes", self.num_classes)
+        check_fields(self)
 
     def check(self, c: Tensor) -> None:
         """See `Condition.check`."""
@@ -69,6 +71,7 @@ class Labels:
         return _LabelEmbedding(self.num_classes, width)
 
 
+@nameable
 @dataclass(frozen=True)
 class Vector:
     """c is an array, float `(rows, *shape)`; a row of NaN is missing.
@@ -80,13 +83,11 @@ class Vector:
     ((3,), torch.Size([2, 1, 8, 8]))
     """
 
-    shape: int | Sequence[int]
+    shape: Size | Sequence[Size]
 
     def __post_init__(self) -> None:
-        shape = (self.shape,) if isinstance(self.shape, int) else tuple(self.shape)
-        for size in shape:
-            check_count("each size of a condition", size)
-        object.__setattr__(self, "shape", shape)
+        check_fields(self)
+        object.__setattr__(self, "shape", (self.shape,) if isinstance(self.shape, int) else tuple(self.shape))
 
     @property
     def _event(self) -> tuple[int, ...]:
@@ -121,12 +122,13 @@ class Vector:
         return _ArrayEmbedding(math.prod(self._event), width)
 
 
-def drop(condition: Condition, c: Tensor, probability: float) -> Tensor:
+def drop(condition: Condition, c: Tensor, probability: Probability) -> Tensor:
     """c with each row missing with this probability (Ho & Salimans 2022, arXiv 2207.12598).
 
     >>> drop(Labels(3), torch.tensor([0, 1, 2]), probability=1.0)
     tensor([-1, -1, -1])
     """
+    check_arguments(drop, locals())
     keep = torch.rand(len(c), device=c.device) >= probability
     return torch.where(keep.reshape(-1, *[1] * (c.ndim - 1)), c, condition.missing(len(c), c))
 

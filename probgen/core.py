@@ -10,10 +10,23 @@ from __future__ import annotations
 import contextlib
 import difflib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
-from functools import cached_property
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
+from functools import cache, cached_property
+from itertools import repeat
+from types import NoneType, UnionType
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    Protocol,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    runtime_checkable,
+)
 
 import torch
 from torch import Tensor
@@ -67,10 +80,103 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"known: {', '.join(map(repr, known)) or 'none'}"
 
 
+# --- what may be given ------------------------------------------------------------------------------------------
+# An annotation is the contract: `steps: Count`, `eta: Probability`, `metric: MetricKind`. `check_fields` holds settings
+# to theirs, `check_arguments` functions, both where a person gives values and never inside a loop.
+
+
+@dataclass(frozen=True)
+class Within:
+    """The numbers between two ends, round brackets leaving an end out: `Annotated[float, Within(0, 1, "(]")]`.
+
+    >>> 0.0 in Within(0, 1, "(]"), str(Within(0, 1, "(]")), str(Within(0, ends="(]"))
+    (False, 'in (0, 1]', '> 0')
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    ends: str = "[]"
+    why: str = ""
+
+    def __contains__(self, value: float) -> bool:
+        inside = self.low <= value <= self.high
+        return inside and not any(
+            value == end and bracket in "()"
+            for end, bracket in zip((self.low, self.high), self.ends, strict=True)
+        )
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f">{'=' * (self.ends[0] == '[')} {self.low:,}"
+        return f"in {self.ends[0]}{self.low:,}, {self.high:,}{self.ends[1]}"
+
+    def asked_of(self, value: Any) -> str:
+        """What to say to a value outside: an end that is there for a reason of its own only to what is beyond it."""
+        if not self.why:
+            return str(self)
+        beyond = isinstance(value, int | float) and value > self.high
+        return f"{self}: {self.why}" if beyond else str(replace(self, high=math.inf))
+
+
+Count = Annotated[int, Within(1)]
+Size = Annotated[int, Within(1, 1_000_000, why="more would not fit memory")]
+NonNegativeInt = Annotated[int, Within(0)]
+Draws = Annotated[int, Within(1, 100_000_000, why="more would not fit memory")]
+Positive = Annotated[float, Within(0, ends="(]")]
+NonNegative = Annotated[float, Within(0)]
+Fraction = Annotated[float, Within(0, 1, "()")]
+Probability = Annotated[float, Within(0, 1)]
+
+
+def check(name: str, value: Any, annotation: Any) -> None:
+    """Raise `InputError` unless `value` is what the annotation says: its type, its range, one of its choices.
+
+    What an annotation cannot say, such as a shape, is checked where it is known. Numbers are finite, True is none of
+    them, tensors are real and hold values.
+
+    >>> check("step_size", 0.1, Positive)
+    >>> check("step_size", -0.1, Positive)
+    Traceback (most recent call last):
+    probgen.core.InputError: step_size must be > 0 and finite, got -0.1.
+    """
+    kind, parts = get_origin(annotation) or annotation, get_args(annotation)
+    if kind in (Union, UnionType):
+        others = [part for part in parts if part is not NoneType]
+        if value is not None and len(others) == 1:
+            return check(name, value, others[0])
+    if not _fits(value, annotation):
+        choices = [choice for part in (annotation, *parts) for choice in _choices(part)]
+        if isinstance(value, str) and choices:
+            raise InputError(f"Unknown {name} {shown(value)}; {did_you_mean(value, map(str, choices))}")
+        raise InputError(f"{name} must {_wanted(annotation, value)}, got {shown(value)}.")
+    return _check_parts(name, value, kind, parts)
+
+
+def check_fields(settings: Any) -> None:
+    """Hold a dataclass to its annotations; for `__post_init__`."""
+    kind: Any = type(settings)
+    given = {item.name: getattr(settings, item.name) for item in fields(kind)}
+    _check_all(kind.__name__, _annotations(kind), given)
+
+
+def check_arguments(function: Callable[..., Any], given: Mapping[str, Any], owner: str = "") -> None:
+    """Hold a function to its annotations: `check_arguments(sample, locals())` is its first line."""
+    _check_all(owner or function.__qualname__.removesuffix(".__init__"), _annotations(function), given)
+
+
 def check_count(name: str, value: int, minimum: int = 1) -> None:
     """Raise `InputError` unless `value` is an integer of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise InputError(f"{name} must be an integer >= {minimum}, got {value!r}.")
+    check(name, value, Annotated[int, Within(minimum)])
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise `InputError` unless `value` is a finite number > 0."""
+    check(name, value, Positive)
+
+
+def check_choice(name: str, value: str, known: Iterable[str]) -> None:
+    """Raise `InputError` unless `value` is one of the known ones."""
+    check(name, value, Literal[*known])
 
 
 def check_finite(name: str, value: Tensor) -> None:
@@ -84,6 +190,164 @@ def check_finite(name: str, value: Tensor) -> None:
             f"{name} holds {int(bad.sum())} NaN or Inf of {value.numel()} values, the first at index {first}. "
             "Remove those rows, or mask them before fitting."
         )
+
+
+def check_alike(owner: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise `InputError` unless all tensors are finite and of one floating point type on one device."""
+    kinds = {name: (value.dtype, value.device) for name, value in tensors.items()}
+    if len(set(kinds.values())) > 1 or not next(iter(tensors.values())).is_floating_point():
+        told = ", ".join(f"{name} {dtype} on {device}" for name, (dtype, device) in kinds.items())
+        raise InputError(f"{owner}: tensors must be of one floating point type on one device, got {told}.")
+    for name, value in tensors.items():
+        check_finite(f"{owner}: {name}", value)
+
+
+def check_covariance(name: str, value: Tensor) -> None:
+    """Raise `InputError` unless `value`, `(*batch, d, d)`, is finite, symmetric and positive definite."""
+    check_finite(name, value)
+    smallest = torch.linalg.eigvalsh(value).min().item()
+    asymmetry = (value - value.mT).abs().max().item()
+    if asymmetry > 1e-5 * value.abs().max().item() or not smallest > 0:
+        raise InputError(
+            f"{name} must be symmetric and positive definite; the smallest eigenvalue is {smallest:.3g}. Add a little "
+            "to the diagonal."
+        )
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: short, tensors and arrays by their shape.
+
+    >>> shown(torch.zeros(3, 2))
+    'a torch.float32 Tensor of shape (3, 2) on cpu'
+    """
+    if isinstance(value, Tensor):
+        layout = "" if value.layout is torch.strided else f" {value.layout}"
+        return f"a{layout} {value.dtype} Tensor of shape {tuple(value.shape)} on {value.device}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(getattr(value, "shape", None), tuple):
+        return f"{type(value).__name__} of shape {tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{type(value).__name__} {text[:_SHOWN]}..."
+
+
+_SHOWN = 80
+_LARGEST_INT = 2**63
+
+
+def _check_parts(name: str, value: Any, kind: Any, parts: tuple[Any, ...]) -> None:
+    """What a union, a sequence or a mapping is made of; one member of a union is enough."""
+    if kind in (Union, UnionType):
+        *others, last = [part for part in parts if _fits(value, part)]
+        for part in others:
+            with contextlib.suppress(InputError):
+                return check(name, value, part)
+        return check(name, value, last)
+    if kind in (tuple, list, Sequence, Collection) and parts:
+        kinds = parts if kind is tuple and parts[-1] is not Ellipsis else repeat(parts[0])
+        for i, (item, part) in enumerate(zip(value, kinds, strict=False)):
+            check(f"{name}[{i}]", item, part)
+    if kind in (dict, Mapping) and parts:
+        for key, item in value.items():
+            check(f"key {key!r} of {name}", key, parts[0])
+            check(f"{name}[{key!r}]", item, parts[1])
+    return None
+
+
+def _check_all(owner: str, annotations: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    for name, annotation in annotations.items():
+        if name in given:
+            try:
+                check(name, given[name], annotation)
+            except InputError as error:
+                raise InputError(f"{owner}: {error}") from None
+
+
+@cache
+def _annotations(thing: Any) -> dict[str, Any]:
+    """Annotations as types, with bounds; those that only type checkers import are `Any`."""
+    unknown: dict[str, Any] = {}
+    while True:
+        try:
+            found = get_type_hints(thing, localns=unknown, include_extras=True)
+        except NameError as error:
+            unknown[str(error.name)] = Any
+        else:
+            return {name: value for name, value in found.items() if name != "return"}
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    kind, parts = get_origin(annotation) or annotation, get_args(annotation)
+    if kind is Annotated:
+        return _fits(value, parts[0]) and all(value in limit for limit in parts[1:])
+    if kind in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if kind is Literal:
+        return any(type(value) is type(part) and value == part for part in parts)
+    if kind is tuple and parts and parts[-1] is not Ellipsis:
+        return isinstance(value, tuple) and len(value) == len(parts)
+    return _FITS[kind](value) if kind in _FITS else _is_a(value, kind)
+
+
+_FITS: dict[Any, Callable[[Any], bool]] = {
+    Any: lambda _: True,
+    int: lambda value: type(value) is int and abs(value) < _LARGEST_INT,
+    float: lambda value: _FITS[int](value) or (isinstance(value, float) and abs(value) < math.inf),
+    Tensor: lambda value: isinstance(value, Tensor) and not _holds_no_numbers(value),
+    Sequence: lambda value: isinstance(value, Sequence) and not _is_one(value),
+    Collection: lambda value: isinstance(value, Collection) and not _is_one(value),
+    Callable: callable,
+}
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if getattr(kind, "_is_protocol", False):
+        return not isinstance(value, type) and all(hasattr(value, name) for name in _members(kind))
+    return not isinstance(kind, type) or isinstance(value, kind)
+
+
+def _is_one(value: Any) -> bool:
+    """Texts and arrays are not taken for collections of what they hold."""
+    return isinstance(value, str | bytes) or (hasattr(value, "shape") and not isinstance(value, tuple))
+
+
+def _holds_no_numbers(value: Tensor) -> bool:
+    return value.is_meta or value.is_complex() or value.layout is not torch.strided
+
+
+def _members(protocol: type) -> list[str]:
+    names = {name for base in protocol.__mro__ if base not in (Protocol, object) for name in vars(base)}
+    return sorted(name for name in names if not name.startswith("_"))
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+def _wanted(annotation: Any, value: Any) -> str:
+    """What a value must do, in words that follow "must"."""
+    kind, parts = get_origin(annotation) or annotation, get_args(annotation)
+    if kind is Annotated:
+        limit = parts[1].asked_of(value)
+        if parts[0] is int:
+            return f"be an integer {limit}"
+        return f"lie {limit}" if limit.startswith("in") else f"be {limit} and finite"
+    if kind in (Union, UnionType):
+        return " or ".join(_wanted(part, value) for part in parts).replace(" or be ", " or ")
+    if kind is Literal:
+        return f"be {' or '.join(map(repr, parts))}"
+    if kind is NoneType:
+        return "be None"
+    if kind is Tensor:
+        return "be a torch.Tensor of real numbers"
+    if kind is Callable:
+        return "be a function"
+    if kind is tuple and parts and parts[-1] is not Ellipsis:
+        return f"be a tuple of {len(parts)}"
+    plain = {int: "an integer", float: "a finite number", bool: "True or False", str: "a string"}
+    named = getattr(kind, "__name__", str(kind))
+    article = "an" if named[0].lower() in "aeiou" else "a"
+    return f"be {plain.get(kind, f'{article} {named}')}"
 
 
 # --- data as programs see it ------------------------------------------------------------------------------------
@@ -108,11 +372,15 @@ class Batch:
     data: dict[str, Tensor] = field(default_factory=dict)
     condition: Tensor | None = None
     index: Tensor | None = None
-    total: int = 0
-    num_rows: int | None = None
+    total: NonNegativeInt = 0
+    num_rows: NonNegativeInt | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         tensors = dict(self.data) | ({} if self.condition is None else {"condition": self.condition})
+        for name, value in tensors.items():
+            if value.ndim == 0:
+                raise InputError(f"Batch: {name} must be `(rows, ...)`, got one number of shape ().")
         rows = {name: len(value) for name, value in tensors.items()}
         if self.num_rows is not None:
             rows["num_rows"] = self.num_rows
@@ -151,6 +419,9 @@ class DataSets:
     """
 
     values: Mapping[str, Tensor] | Tensor
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def __len__(self) -> int:
         values = self.values if isinstance(self.values, Mapping) else {"x": self.values}
@@ -457,6 +728,9 @@ class Method:
     gives_up: ClassVar[str]
     paper: ClassVar[str]
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     def __str__(self) -> str:
         """The name with the settings that are not the defaults, as headings show it."""
         settings: tuple[Field[Any], ...] = fields(self) if is_dataclass(self) else ()
@@ -501,6 +775,11 @@ class Engine(Method):
     conditions: ClassVar[bool] = False
     data_sets: ClassVar[bool] = False
     default_chains: ClassVar[int] = 1
+    shares: ClassVar[Literal["draws", "chains"] | None] = "chains"
+    """What several devices divide among them; None where the whole is needed at once."""
+    numbered: ClassVar[bool] = False
+    """Whether `run` takes `first`, and the share from the i-th on has the noise it has in the whole. If not, each
+    share has a seed of its own: other draws of the same law."""
 
     def run(
         self,
@@ -591,6 +870,18 @@ class Posterior:
     state: Any = None
     target: Target | None = field(default=None, repr=False)
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        shapes = {name: tuple(value.shape) for name, value in self.draws.items()}
+        if (
+            not shapes
+            or len({shape[:2] for shape in shapes.values()}) > 1
+            or min(map(len, shapes.values())) < 2
+        ):
+            raise InputError(
+                f"Posterior: draws must be `(chain, draw, ...)`, alike for every site, got {shapes}."
+            )
+
     def __getitem__(self, site: str) -> Tensor:
         if site not in self.draws:
             raise InputError(f"This posterior has no site {site!r}; {did_you_mean(site, self.draws)}")
@@ -665,15 +956,23 @@ class Estimate:
     value: Tensor
     standard_error: Tensor
     kind: EstimateKind
-    event_size: int
+    event_size: NonNegativeInt
     trusted: bool = True
     reason: str = ""
-    levels: int | None = None
+    levels: Annotated[int, Within(2)] | None = None
     terms: Terms | None = None
     diagnostics: Mapping[str, Tensor] = field(default_factory=dict)
     cost: Cost = Cost()
     solver_error: Tensor | None = None
     convention: str = ""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.value.ndim != 1 or not len(self.value) or self.standard_error.shape != self.value.shape:
+            raise InputError(
+                "Estimate: value and standard_error must be `(n,)`, one a datum, got shapes "
+                f"{tuple(self.value.shape)} and {tuple(self.standard_error.shape)}."
+            )
 
     @property
     def mean(self) -> float:

@@ -11,14 +11,15 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from probgen.core import InputError, check_count
+from probgen.core import InputError, Within, check_arguments, check_fields
 
 
-def dequantise(levels: Tensor, num_levels: int) -> Tensor:
+def dequantise(levels: Tensor, num_levels: Annotated[int, Within(2)]) -> Tensor:
     """x = 2 (k + u) / K - 1 with fresh u ~ Uniform[0, 1): a density of x is then one of the levels.
 
     Args:
@@ -34,11 +35,13 @@ def dequantise(levels: Tensor, num_levels: int) -> Tensor:
     >>> quantise(dequantise(levels, 17), 17)
     tensor([ 0, 16])
     """
+    check_arguments(dequantise, locals())
+    _check_levels(levels, num_levels)
     noise = torch.rand(levels.shape, device=levels.device)
     return 2 * (levels + noise) / num_levels - 1
 
 
-def quantise(x: Tensor, num_levels: int) -> Tensor:
+def quantise(x: Tensor, num_levels: Annotated[int, Within(2)]) -> Tensor:
     """k = floor(K (x + 1) / 2), clamped to 0..K-1: the inverse of `dequantise`, whatever u was.
 
     Args:
@@ -51,10 +54,11 @@ def quantise(x: Tensor, num_levels: int) -> Tensor:
     >>> quantise(torch.tensor([-1.2, 0.0, 1.0]), 17)
     tensor([ 0,  8, 16])
     """
+    check_arguments(quantise, locals())
     return (num_levels * (x + 1) / 2).floor().clamp(0, num_levels - 1).long()
 
 
-def binarise_threshold(levels: Tensor, num_levels: int) -> Tensor:
+def binarise_threshold(levels: Tensor, num_levels: Annotated[int, Within(2)]) -> Tensor:
     """1 where k is in the upper half of 0..K-1, else 0: one fixed binary data set, for Bernoulli likelihoods.
 
     Nats of binary data are no density of the levels: never put them in a column with bits/dim.
@@ -62,10 +66,12 @@ def binarise_threshold(levels: Tensor, num_levels: int) -> Tensor:
     >>> binarise_threshold(torch.tensor([0, 8, 9, 16]), 17)
     tensor([0., 0., 1., 1.])
     """
+    check_arguments(binarise_threshold, locals())
+    _check_levels(levels, num_levels)
     return (2 * levels > num_levels - 1).to(torch.get_default_dtype())
 
 
-def binarise_stochastic(levels: Tensor, num_levels: int) -> Tensor:
+def binarise_stochastic(levels: Tensor, num_levels: Annotated[int, Within(2)]) -> Tensor:
     """1 with probability k / (K - 1), drawn anew at every call: another likelihood than the threshold's.
 
     Source: Salakhutdinov and Murray 2008, ICML, section 4.
@@ -73,6 +79,8 @@ def binarise_stochastic(levels: Tensor, num_levels: int) -> Tensor:
     >>> binarise_stochastic(torch.tensor([0, 0, 16, 16]), 17)
     tensor([0., 0., 1., 1.])
     """
+    check_arguments(binarise_stochastic, locals())
+    _check_levels(levels, num_levels)
     return torch.bernoulli(levels / (num_levels - 1))
 
 
@@ -96,22 +104,14 @@ class Quantised:
     """
 
     levels: Tensor
-    num_levels: int
+    num_levels: Annotated[int, Within(2)]
     labels: Tensor | None = None
 
     def __post_init__(self) -> None:
-        check_count("num_levels", self.num_levels, minimum=2)
+        check_fields(self)
         if self.levels.dim() == 0 or len(self.levels) == 0:
             raise InputError(f"Quantised data need rows: got levels of shape {tuple(self.levels.shape)}.")
-        if self.levels.is_floating_point() or self.levels.is_complex():
-            raise InputError(
-                f"levels must be integers, got {self.levels.dtype}; `quantise` makes them from [-1, 1]."
-            )
-        low, high = int(self.levels.min()), int(self.levels.max())
-        if low < 0 or high >= self.num_levels:
-            raise InputError(
-                f"levels must lie in 0..{self.num_levels - 1} (num_levels - 1), got {low}..{high}."
-            )
+        _check_levels(self.levels, self.num_levels)
         if self.labels is not None and self.labels.shape != self.levels.shape[:1]:
             raise InputError(
                 f"labels must be one a row, of shape ({len(self.levels)},), got {tuple(self.labels.shape)}."
@@ -149,6 +149,15 @@ class Quantised:
         return -(log_prob / num_dims + math.log(2 / self.num_levels)) / math.log(2)
 
 
+def _check_levels(levels: Tensor, num_levels: int) -> None:
+    if levels.is_floating_point():
+        raise InputError(f"levels must be integers, got {levels.dtype}; `quantise` makes them from [-1, 1].")
+    if levels.numel() and not 0 <= int(levels.min()) <= int(levels.max()) < num_levels:
+        raise InputError(
+            f"levels must lie in 0..{num_levels - 1} (num_levels - 1), got {int(levels.min())}..{int(levels.max())}."
+        )
+
+
 def digits() -> tuple[Quantised, Quantised]:
     """The 1,797 handwritten digits of scikit-learn, 8 x 8 of levels 0..16 (K = 17): (train, held out).
 
@@ -184,6 +193,7 @@ def mnist(folder: str | os.PathLike[str] | None = None) -> tuple[Quantised, Quan
 
     Source: LeCun 1998, Proceedings of the IEEE 86(11).
     """
+    check_arguments(mnist, locals())
     if folder is None:
         folder = Path(_data_folder(), "mnist")
     train, held_out = (_read_images(Path(folder), *names) for names in (("train", "train"), ("test", "t10k")))
@@ -196,6 +206,7 @@ def read_npz(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         InputError: no such file, or one that is no npz file of plain arrays.
     """
+    check_arguments(read_npz, locals())
     import zipfile
 
     import numpy as np
@@ -215,6 +226,7 @@ def read_idx(path: str | os.PathLike[str]) -> Tensor:
     Raises:
         InputError: no such file, or one whose header or length is not that of an idx file of bytes.
     """
+    check_arguments(read_idx, locals())
     opener = gzip.open if str(path).endswith(".gz") else open
     try:
         with opener(path, "rb") as file:
@@ -222,7 +234,7 @@ def read_idx(path: str | os.PathLike[str]) -> Tensor:
     except FileNotFoundError as error:
         raise InputError(f"There is no file {path}.") from error
     except (OSError, EOFError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+        raise InputError(f"The file {path} cannot be read: {error}") from error
     num_dims = content[3] if content[:3] == b"\0\0\x08" and len(content) > 3 else 0
     start = 4 + 4 * num_dims
     shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4)]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
-from typing import Self
+from collections.abc import Sequence
+from typing import Any, Self
 
 from torch import Tensor, nn
 
 from probgen.conditioning import Condition, drop
-from probgen.core import Batch, InputError, describe, did_you_mean
+from probgen.core import Batch, InputError, Probability, Size, describe, did_you_mean
+from probgen.nets import usual_denoiser
 from probgen.processes import PREDICTIONS, Prediction, Process, denoiser_coefficients, over_event
+from probgen.recorded import Recorded
 
 
-class DenoisingProgram(nn.Module):
+class DenoisingProgram(Recorded):
     """x0hat = a(t) x_t + b(t) net(x_t, t, c), a and b from the process and from what the network predicts.
 
     Args:
@@ -36,9 +39,9 @@ class DenoisingProgram(nn.Module):
         process: Process,
         prediction: Prediction | None,
         *,
-        event_shape: tuple[int, ...] | None = None,
+        event_shape: Sequence[Size] | None = None,
         condition: Condition | None = None,
-        condition_dropout: float = 0.1,
+        condition_dropout: Probability = 0.1,
     ) -> None:
         super().__init__()
         if prediction is not None and prediction not in PREDICTIONS:
@@ -61,6 +64,24 @@ class DenoisingProgram(nn.Module):
         self._process = process
         self._takes_one_time: bool = getattr(network, "takes_one_time", False)
         self._given: Tensor | None = None
+
+    @classmethod
+    def of_shape(
+        cls,
+        event_shape: Sequence[int],
+        width: int | None = None,
+        condition: Condition | None = None,
+        **settings: Any,
+    ) -> Self:
+        """With a network of the usual kind for data of this shape: a small `UNet` for images, else a `TimeMLP`.
+
+        Args:
+            event_shape: shape of one datum.
+            width: channels at full resolution (32), or width of the residual stream (128).
+            condition: what c is, `Labels(num_classes)` or `Vector(shape)`; None for a program without.
+            settings: the constructor's other arguments.
+        """
+        return cls(usual_denoiser(event_shape, width, condition), **settings)
 
     def process(self) -> Process:
         """The noising law."""

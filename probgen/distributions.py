@@ -11,7 +11,7 @@ import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
-from probgen.core import check_count, given
+from probgen.core import Count, check_arguments, given
 from probgen.dynamics import (
     ClockedField,
     Velocity,
@@ -123,10 +123,11 @@ class FlowLaw(TorchDistribution):
         self,
         program: Any,
         condition: Tensor | None = None,
-        num_steps: int = 25,
+        num_steps: Count = 25,
         validate_args: bool | None = None,
     ) -> None:
-        check_count("num_steps", num_steps)
+        check_arguments(FlowLaw.__init__, locals())
+        Velocity.of(program)  # refuses what has none
         self.program, self.condition, self.num_steps = program, condition, num_steps
         rows = () if condition is None else condition.shape[:1]
         super().__init__(torch.Size(rows), torch.Size(program.event_shape), validate_args=validate_args)

@@ -19,6 +19,8 @@ from torch import Tensor
 from probgen.core import DamagedFile, FileError
 
 PathLike = str | os.PathLike[str]
+_SEAL = b"\nprobgen sha256 "
+PART = ".part"  # ends the names of files that are not yet in their place
 
 
 def write_bytes(path: PathLike, content: bytes) -> None:
@@ -30,12 +32,12 @@ def write_bytes(path: PathLike, content: bytes) -> None:
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write_bytes(f"{folder}/a", b"whole")
-    ...     Path(folder, "a").read_bytes()
+    ...     read_bytes(f"{folder}/a")
     b'whole'
     """
     path = Path(path)
     try:
-        part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+        part = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
         try:
             with part.open("xb") as file:
                 file.write(content)
@@ -52,9 +54,36 @@ def write_bytes(path: PathLike, content: bytes) -> None:
         ) from error
 
 
+def read_bytes(path: PathLike) -> bytes:
+    """All of a file; `FileError` where it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise FileError(f"{str(path)!r} could not be read: {_reason(error)}.") from error
+
+
+def sealed(content: bytes) -> bytes:
+    """The content of a file with its SHA-256 after its end, for formats that do not mind (HDF5).
+
+    >>> unsealed("a", sealed(b"whole"))
+    b'whole'
+    """
+    return content + _SEAL + hashlib.sha256(content).digest()
+
+
+def unsealed(path: PathLike, content: bytes) -> bytes | None:
+    """What `sealed` was given; None where there is no seal, `DamagedFile` where it does not fit the rest."""
+    size = len(content) - len(_SEAL) - hashlib.sha256().digest_size
+    if size < 0 or not content.startswith(_SEAL, size):
+        return None
+    if hashlib.sha256(content[:size]).digest() != content[size + len(_SEAL) :]:
+        raise DamagedFile(f"{str(path)!r} is damaged: its checksum does not fit. Take another copy.")
+    return content[:size]
+
+
 def remove_parts(folder: PathLike) -> None:
     """Remove what `write_bytes` left in a folder when its process was killed."""
-    for part in Path(folder).glob(".*.part"):
+    for part in Path(folder).glob(f".*{PART}"):
         part.unlink(missing_ok=True)
 
 
@@ -109,6 +138,8 @@ def read_tensors(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(str(path), framework="pt") as file:
             sealed = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except PermissionError as error:
+        raise FileError(f"{str(path)!r} could not be read: {_reason(error)}.") from error
     except (OSError, SafetensorError, ValueError) as error:
         raise DamagedFile(
             f"{str(path)!r} is damaged, or no safetensors file: {_reason(error)}. Take another copy."
@@ -117,7 +148,17 @@ def read_tensors(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise DamagedFile(f"{str(path)!r} is a safetensors file, but not one that probgen wrote.")
     if sealed["sha256"] != _seal(sealed["facts"], tensors):
         raise DamagedFile(f"{str(path)!r} is damaged: its checksum does not fit. Take another copy.")
-    return tensors, json.loads(sealed["facts"])
+    return tensors, _facts(path, sealed["facts"])
+
+
+def _facts(path: PathLike, text: str) -> dict[str, Any]:
+    try:
+        facts = json.loads(text)
+    except (ValueError, RecursionError):
+        facts = None
+    if not isinstance(facts, dict):
+        raise DamagedFile(f"{str(path)!r} is a safetensors file, but not one that probgen wrote.")
+    return facts
 
 
 def _seal(facts: str, tensors: Mapping[str, Tensor]) -> str:

@@ -10,20 +10,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import ClassVar, TypeVar
+from typing import Annotated, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, softplus
 
 from probgen.conditioning import Condition
-from probgen.core import InputError, check_count
+from probgen.core import InputError, Positive, Size, Within, check_arguments, check_count, shown
+from probgen.recorded import Recorded
 
 Activation = Callable[[], nn.Module]
 Layer = TypeVar("Layer", bound=nn.Module)
+_SMALLEST_IMAGE, _UNET_WIDTH, _MLP_WIDTH = 4, 32, 128
 
 
-class TimeEmbedding(nn.Module):
+class TimeEmbedding(Recorded):
     """Features of time: t -> MLP([sin(w_i t), cos(w_i t)]), w_i geometric from 1 to `max_frequency`.
 
     Args:
@@ -45,10 +47,13 @@ class TimeEmbedding(nn.Module):
 
     frequencies: Tensor
 
-    def __init__(self, width: int, num_frequencies: int = 32, max_frequency: float = 1000.0) -> None:
+    def __init__(
+        self,
+        width: Size,
+        num_frequencies: Annotated[int, Within(2, 10_000)] = 32,
+        max_frequency: Positive = 1000.0,
+    ) -> None:
         super().__init__()
-        check_count("TimeEmbedding's width", width)
-        check_count("TimeEmbedding's num_frequencies", num_frequencies, minimum=2)
         powers = torch.arange(num_frequencies) / (num_frequencies - 1)
         self.register_buffer("frequencies", max_frequency**powers)
         self.mlp = nn.Sequential(nn.Linear(2 * num_frequencies, width), nn.SiLU(), nn.Linear(width, width))
@@ -64,7 +69,7 @@ class TimeEmbedding(nn.Module):
         return features
 
 
-class MLP(nn.Module):
+class MLP(Recorded):
     """Feed-forward network between any two event shapes: flatten, (linear, activation)*, linear, unflatten.
 
     Args:
@@ -86,15 +91,18 @@ class MLP(nn.Module):
 
     def __init__(
         self,
-        in_shape: Sequence[int],
-        out_shape: Sequence[int],
-        widths: Sequence[int] = (256, 256),
+        in_shape: Sequence[Size],
+        out_shape: Sequence[Size],
+        widths: Sequence[Size] = (256, 256),
         activation: Activation = nn.SiLU,
     ) -> None:
         super().__init__()
         self.in_shape, self.out_shape = tuple(in_shape), tuple(out_shape)
         sizes = [math.prod(self.in_shape), *widths, math.prod(self.out_shape)]
-        _check_counts("MLP's sizes", sizes)
+        if not isinstance(activation(), nn.Module):
+            raise InputError(
+                f"MLP: activation must make an nn.Module, as nn.SiLU does, got {shown(activation)}."
+            )
         layers: list[nn.Module] = []
         for size_in, size_out in pairwise(sizes):
             layers += [nn.Linear(size_in, size_out), activation()]
@@ -106,7 +114,7 @@ class MLP(nn.Module):
         return out.reshape(batch_shape + self.out_shape)
 
 
-class GaussianMLP(nn.Module):
+class GaussianMLP(Recorded):
     """An `MLP` with two heads, the law N(loc, scale^2): the usual encoder x -> (loc, scale) of a VAE.
 
     scale = softplus(raw) + `min_scale`; the two heads share every hidden layer.
@@ -130,11 +138,11 @@ class GaussianMLP(nn.Module):
 
     def __init__(
         self,
-        in_shape: Sequence[int],
-        out_shape: Sequence[int],
-        widths: Sequence[int] = (256, 256),
+        in_shape: Sequence[Size],
+        out_shape: Sequence[Size],
+        widths: Sequence[Size] = (256, 256),
         activation: Activation = nn.SiLU,
-        min_scale: float = 1e-4,
+        min_scale: Positive = 1e-4,
     ) -> None:
         super().__init__()
         self.min_scale = min_scale
@@ -145,7 +153,7 @@ class GaussianMLP(nn.Module):
         return loc, softplus(raw) + self.min_scale
 
 
-class TimeMLP(nn.Module):
+class TimeMLP(Recorded):
     """Residual MLP net(x, t) for any event shape: h <- h + W_2 silu(W_1 norm(h) + V e(t)), e embeds time.
 
     Args:
@@ -172,13 +180,12 @@ class TimeMLP(nn.Module):
 
     def __init__(
         self,
-        event_shape: Sequence[int],
-        width: int = 256,
-        num_blocks: int = 3,
+        event_shape: Sequence[Size],
+        width: Size = 256,
+        num_blocks: Size = 3,
         condition: Condition | None = None,
     ) -> None:
         super().__init__()
-        _check_counts("TimeMLP's (width, num_blocks)", (width, num_blocks))
         self.event_shape, self.condition = tuple(event_shape), condition
         size = math.prod(self.event_shape)
         self.embed_time = TimeEmbedding(width)
@@ -196,7 +203,7 @@ class TimeMLP(nn.Module):
         return out.reshape(x.shape)
 
 
-class UNet(nn.Module):
+class UNet(Recorded):
     """Small convolutional U-Net net(x, t) for images (channels, height, width) of any height and width.
 
     One level for each of `widths`; the image is halved (rounded up) between levels, and each level's features
@@ -227,15 +234,14 @@ class UNet(nn.Module):
 
     def __init__(
         self,
-        event_shape: Sequence[int],
-        widths: Sequence[int] = (32, 64),
-        num_blocks: int = 1,
+        event_shape: Sequence[Size],
+        widths: Sequence[Size] = (32, 64),
+        num_blocks: Size = 1,
         condition: Condition | None = None,
     ) -> None:
         super().__init__()
         _check_image("UNet", event_shape)
         check_count("UNet's number of widths", len(widths))
-        _check_counts("UNet's (*widths, num_blocks)", (*widths, num_blocks))
         self.event_shape, self.condition = tuple(event_shape), condition
         channels, time_width = event_shape[0], 4 * widths[0]
         self.embed_time = TimeEmbedding(time_width)
@@ -264,7 +270,27 @@ class UNet(nn.Module):
         return out
 
 
-class Classifier(nn.Module):
+def usual_denoiser(
+    event_shape: Sequence[Size], width: Size | None = None, condition: Condition | None = None
+) -> TimeMLP | UNet:
+    """A network net(x, t) to begin with: `UNet` for images of at least 4 x 4, else `TimeMLP`.
+
+    Args:
+        event_shape: shape of one datum.
+        width: channels at full resolution, 32 by default, or width of the residual stream, 128 by default.
+        condition: as for `TimeMLP`.
+
+    >>> type(usual_denoiser((1, 8, 8))).__name__, type(usual_denoiser((3,))).__name__
+    ('UNet', 'TimeMLP')
+    """
+    check_arguments(usual_denoiser, locals())
+    if len(event_shape) == 3 and min(event_shape[1:]) >= _SMALLEST_IMAGE:
+        width = _UNET_WIDTH if width is None else width
+        return UNet(event_shape, widths=(width, 2 * width), condition=condition)
+    return TimeMLP(event_shape, _MLP_WIDTH if width is None else width, condition=condition)
+
+
+class Classifier(Recorded):
     """Small convolutional classifier of images, p(class | x) = softmax(W features(x) + b).
 
     Args:
@@ -289,15 +315,14 @@ class Classifier(nn.Module):
 
     def __init__(
         self,
-        event_shape: Sequence[int],
-        num_classes: int = 10,
-        width: int = 32,
-        num_features: int = 64,
-        dropout: float = 0.2,
+        event_shape: Sequence[Size],
+        num_classes: Size = 10,
+        width: Size = 32,
+        num_features: Size = 64,
+        dropout: Annotated[float, Within(0, 1, "[)")] = 0.2,
     ) -> None:
         super().__init__()
         _check_image("Classifier", event_shape)
-        _check_counts("Classifier's (num_classes, width, num_features)", (num_classes, width, num_features))
         self.event_shape = tuple(event_shape)
         channels, height, breadth = event_shape
         self.convolutions = nn.Sequential(
@@ -409,8 +434,3 @@ def _check_image(name: str, event_shape: Sequence[int]) -> None:
             f"{name} works on images: expected an event shape (channels, height, width), "
             f"got {tuple(event_shape)}. For other data use TimeMLP (with time) or MLP (without)."
         )
-
-
-def _check_counts(name: str, values: Sequence[int]) -> None:
-    for i, value in enumerate(values):
-        check_count(f"{name}[{i}]", value)

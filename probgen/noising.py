@@ -6,7 +6,7 @@ Times are float64 tensors `(batch,)`, one a row; coefficients are worked out at 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,12 +21,11 @@ from probgen.core import (
     Scored,
     UnsupportedError,
     describe,
-    did_you_mean,
     given,
 )
 from probgen.dynamics.fields import AffineDenoiser
 from probgen.dynamics.trace import estimated_divergence, exact_divergence
-from probgen.processes import WEIGHTINGS, Process, Weighting, check_times, over_event
+from probgen.processes import Process, Weighting, over_event
 
 _NUM_CELLS = 512
 
@@ -65,17 +64,6 @@ def _missing(capability: type, program: Any) -> list[str]:
     """The methods of a capability that a program lacks, as one calls them."""
     names = [name for base in capability.__mro__ for name in vars(base) if not name.startswith("_")]
     return [f"{name}()" for name in names if not callable(getattr(program, name, None))]
-
-
-def check_weighting(weighting: str) -> None:
-    """Raise `InputError` unless it is one of "sigma2", "g2", "uniform"."""
-    check_choice("weighting", weighting, WEIGHTINGS)
-
-
-def check_choice(name: str, value: str, known: Sequence[str]) -> None:
-    """Raise `InputError` unless `value` is one of the known ones."""
-    if value not in known:
-        raise InputError(f"Unknown {name} {value!r}; {did_you_mean(str(value), known)}")
 
 
 # --- times ------------------------------------------------------------------------------------------------------
@@ -165,12 +153,6 @@ def _cells(program: Diffusion) -> _Cells:
     share = 0.5 * (1 - torch.linspace(0, math.pi, _NUM_CELLS + 1, dtype=torch.float64).cos())
     edges = process.t_min + (process.t_max - process.t_min) * share
     return _Cells(edges[:-1], edges.diff(), share.diff())
-
-
-def check_level(objective: Any, t: float | None) -> None:
-    """Raise `InputError` unless t is None or a time in [0, 1]."""
-    if t is not None:
-        check_times(describe(objective), torch.tensor([t], dtype=torch.float64))
 
 
 # --- noised data, and what a program says of them ---------------------------------------------------------------

@@ -11,15 +11,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Protocol, get_args
+from typing import Annotated, ClassVar, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from probgen.core import InputError, did_you_mean
+from probgen.core import (
+    Fraction,
+    InputError,
+    Probability,
+    Within,
+    check,
+    check_choice,
+    check_fields,
+    did_you_mean,
+)
+from probgen.recorded import nameable
 
 Prediction = Literal["x0", "eps", "v", "score", "velocity", "edm"]
 PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
+Time = Annotated[float, Within(0, 1, why="0 is data, 1 is noise")]
+_SHORTEST = 1e-9  # span of time over which a process may run
+Rate = Annotated[float, Within(1e-6, 1_000_000)]
+Exponent = Annotated[float, Within(0.01, 100)]
 Weighting = Literal["sigma2", "g2", "uniform"]
 WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
 
@@ -53,13 +67,18 @@ class Process:
     True
     """
 
-    t_min: float = 1e-3
-    t_max: float = 1.0
+    t_min: Time = 1e-3
+    t_max: Time = 1.0
     paper: ClassVar[str] = ""
     ends: ClassVar[str] = "sigma(0) = 0: scores are unbounded at t = 0"
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        nameable(cls)
+
     def __post_init__(self) -> None:
-        if not 0 <= self.t_min < self.t_max <= 1:
+        check_fields(self)
+        if not 0 <= self.t_min < self.t_max - _SHORTEST <= 1:
             raise InputError(
                 f"{type(self).__name__} needs 0 <= t_min < t_max <= 1, got t_min={self.t_min!r}, t_max={self.t_max!r}."
             )
@@ -171,13 +190,9 @@ class VP(Process):
     tensor([5., 5.])
     """
 
-    beta_min: float = 0.1
-    beta_max: float = 20.0
+    beta_min: Rate = 0.1
+    beta_max: Rate = 20.0
     paper: ClassVar[str] = "Ho et al. 2020, arXiv 2006.11239"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_positive(self, beta_min=self.beta_min, beta_max=self.beta_max)
 
     def _beta(self, t: Tensor) -> Tensor:
         return self.beta_min + (self.beta_max - self.beta_min) * t
@@ -245,14 +260,9 @@ class CosineVP(Process):
     Source: Nichol & Dhariwal (2021), arXiv 2102.09672.
     """
 
-    offset: float = 0.008
-    alpha_end: float = 0.005
+    offset: Probability = 0.008
+    alpha_end: Fraction = 0.005
     paper: ClassVar[str] = "Nichol & Dhariwal 2021, arXiv 2102.09672"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not (self.offset >= 0 and 0 < self.alpha_end < 1):
-            raise InputError(f"CosineVP needs offset >= 0 and 0 < alpha_end < 1, got {self}.")
 
     def _angles(self) -> tuple[float, float]:
         first = 0.5 * math.pi * self.offset / (1 + self.offset)
@@ -299,15 +309,18 @@ class VE(Process):
     tensor([1.])
     """
 
-    t_min: float = 0.0
-    sigma_min: float = 0.01
-    sigma_max: float = 50.0
+    t_min: Time = 0.0
+    sigma_min: Rate = 0.01
+    sigma_max: Rate = 50.0
     paper: ClassVar[str] = "Song et al. 2021, arXiv 2011.13456"
     ends: ClassVar[str] = "sigma(0) = sigma_min > 0: no end needs a clamp"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_positive(self, sigma_min=self.sigma_min, growth=self.sigma_max - self.sigma_min)
+        if not self.sigma_min < self.sigma_max:
+            raise InputError(
+                f"{type(self).__name__} needs sigma_min < sigma_max, got {self.sigma_min!r} and {self.sigma_max!r}."
+            )
 
     def _noisy_at_zero(self) -> bool:
         return True
@@ -341,14 +354,10 @@ class EDM(VE):
     tensor([2.0000e-03, 8.0000e+01], dtype=torch.float64)
     """
 
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
+    sigma_min: Rate = 0.002
+    sigma_max: Rate = 80.0
+    rho: Exponent = 7.0
     paper: ClassVar[str] = "Karras et al. 2022, arXiv 2206.00364"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_positive(self, rho=self.rho)
 
     def _root(self, t: Tensor) -> tuple[Tensor, float]:
         first, last = (sigma ** (1 / self.rho) for sigma in (self.sigma_min, self.sigma_max))
@@ -378,15 +387,11 @@ class OU(Process):
     True
     """
 
-    t_min: float = 1e-5
-    theta: float = 1.0
-    s: float = math.sqrt(2)
-    tau_max: float = 5.0
+    t_min: Time = 1e-5
+    theta: Rate = 1.0
+    s: Rate = 2**0.5
+    tau_max: Rate = 5.0
     paper: ClassVar[str] = "Uhlenbeck & Ornstein 1930, Physical Review 36"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_positive(self, theta=self.theta, s=self.s, tau_max=self.tau_max)
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.exp(-self.theta * self.tau_max * t)
@@ -417,7 +422,7 @@ class OTPath(Process):
     tensor([2.])
     """
 
-    t_max: float = 0.999
+    t_max: Time = 0.999
     paper: ClassVar[str] = "Lipman et al. 2022, arXiv 2210.02747"
     ends: ClassVar[str] = (
         "sigma(0) = 0: scores are unbounded at t = 0; alpha(1) = 0: f and g^2 are unbounded at t = 1"
@@ -440,12 +445,6 @@ class OTPath(Process):
 
     def diffusion2(self, t: Tensor) -> Tensor:
         return 2 * t / (1 - t)
-
-
-def _check_positive(process: Process, **values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise InputError(f"{type(process).__name__} needs {name} > 0, got {value!r} in {process}.")
 
 
 # --- one network, several names ---------------------------------------------------------------------------------
@@ -533,6 +532,7 @@ class Grid(Protocol):
         """The schedule from t_max down to t_min; `process` is None for flows whose noise is no Gaussian."""
 
 
+@nameable
 @dataclass(frozen=True)
 class Power:
     """t(u)^{1/exponent} linear in u: 1 is uniform, 2 quadratic, denser near the data; `exponent` > 0.
@@ -541,11 +541,10 @@ class Power:
     tensor([1.0000, 0.2500])
     """
 
-    exponent: float = 1.0
+    exponent: Exponent = 1.0
 
     def __post_init__(self) -> None:
-        if not self.exponent > 0:
-            raise InputError(f"A power grid needs exponent > 0, got {self.exponent!r}.")
+        check_fields(self)
 
     def between(self, t_max: float, t_min: float, process: Process | None) -> Schedule:
         """See `Grid.between`."""
@@ -554,6 +553,7 @@ class Power:
         return Schedule(lambda u: (first + u * span) ** p, lambda u: p * span * (first + u * span) ** (p - 1))
 
 
+@nameable
 @dataclass(frozen=True)
 class Karras:
     """(sigma/alpha)^{1/rho} linear in u, most steps at small noise; `rho` > 0, 7 by default.
@@ -564,11 +564,10 @@ class Karras:
     tensor([1.0000, 0.0010], dtype=torch.float64)
     """
 
-    rho: float = 7.0
+    rho: Exponent = 7.0
 
     def __post_init__(self) -> None:
-        if not self.rho > 0:
-            raise InputError(f"Karras needs rho > 0, got {self.rho!r}.")
+        check_fields(self)
 
     def between(self, t_max: float, t_min: float, process: Process | None) -> Schedule:
         """See `Grid.between`."""
@@ -585,6 +584,7 @@ class Karras:
         )
 
 
+@nameable
 @dataclass(frozen=True)
 class LogSNR:
     """log(alpha/sigma) linear in u: the limit of `Karras` as rho grows.
@@ -650,10 +650,10 @@ def as_grid(grid: Grid | str) -> Grid:
     >>> as_grid("quadratic")
     Power(exponent=2.0)
     """
+    check("grid", grid, Grid | str)
     if not isinstance(grid, str):
         return grid
-    if grid not in GRIDS:
-        raise InputError(f"Unknown grid {grid!r}; {did_you_mean(grid, GRIDS)}")
+    check_choice("grid", grid, GRIDS)
     return GRIDS[grid]
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -289,7 +290,7 @@ def check_seed(seed: int) -> None:
 
 @contextlib.contextmanager
 def forked_rng(seed: int) -> Iterator[None]:
-    """Seed torch inside the block; outside, every random stream goes on as if nothing had happened.
+    """Seed torch, NumPy and Python inside the block; outside, their streams go on as if nothing had happened.
 
     >>> before = torch.random.get_rng_state()
     >>> with forked_rng(0):
@@ -299,6 +300,49 @@ def forked_rng(seed: int) -> Iterator[None]:
     """
     check_seed(seed)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
+    # NumPy's and Python's streams too: programs and data sets of users may draw from them.
+    numpys, pythons = np.random.get_state(), random.getstate()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            random.seed(seed)
+            yield
+    finally:
+        np.random.set_state(numpys)  # noqa: NPY002
+        random.setstate(pythons)
+
+
+def streams() -> dict[str, Tensor]:
+    """Where the global random streams of torch, of the GPUs in use, of NumPy and of Python stand.
+
+    >>> here = streams()
+    >>> first = torch.rand(1)
+    >>> set_streams(here)
+    >>> torch.equal(torch.rand(1), first)
+    True
+    """
+    numpys: dict[str, Any] = np.random.get_state(legacy=False)  # noqa: NPY002
+    keys = numpys["state"]["key"].astype(np.float64)
+    place = (numpys["state"]["pos"], numpys["has_gauss"], numpys["gauss"])
+    _, words, spare = random.getstate()
+    states = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.from_numpy(np.append(keys, place)),
+        "python": torch.from_numpy(np.array([*words, math.nan if spare is None else spare])),
+    }
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return states | {f"cuda:{gpu}": state for gpu, state in enumerate(gpus)}
+
+
+def set_streams(states: Mapping[str, Tensor]) -> None:
+    """Have the random streams go on from where `streams` found them."""
+    torch.set_rng_state(states["torch"])
+    *keys, place, has_spare, spare = states["numpy"].tolist()
+    state = ("MT19937", np.array(keys, dtype=np.uint32), int(place), int(has_spare), spare)
+    np.random.set_state(state)  # noqa: NPY002
+    *words, spare = states["python"].tolist()
+    random.setstate((3, tuple(map(int, words)), None if math.isnan(spare) else spare))
+    for gpu in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
+        if f"cuda:{gpu}" in states:
+            torch.cuda.set_rng_state(states[f"cuda:{gpu}"], gpu)

@@ -8,6 +8,7 @@ finished.json  once it is done
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -25,11 +26,25 @@ from typing import IO, Any
 from torch import Tensor
 
 from probgen.core import DamagedFile, DamagedFileWarning, FileError, InputError, check_count
-from probgen.files import PathLike, read_json, read_tensors, remove_parts, write_json, write_tensors
+from probgen.files import (
+    PART,
+    PathLike,
+    read_json,
+    read_tensors,
+    remove_parts,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
 
 FORMAT = "probgen run 1"
 CONFIG, LOG, CHECKPOINTS, FINISHED, LOCK = "run.json", "log.jsonl", "checkpoints", "finished.json", "lock"
+COMMAND = "command.json"  # the command line's, which may be there first
 PACKAGES = ("probgen", "torch", "pyro-ppl", "numpy")
+SECONDS_APART, SHARE = (
+    30.0,
+    0.02,
+)  # of checkpoints: how long they lie apart, and how much of the time they may take
 _NAME = re.compile(r"(\d{8,})\.safetensors")
 
 
@@ -60,13 +75,26 @@ class Checkpoints:
     def __init__(self, folder: PathLike, keep: int = 3) -> None:
         check_count("keep", keep)
         self.folder, self.keep = Path(folder), keep
+        self._next = time.perf_counter() + SECONDS_APART
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for one: half a minute after the last, later where writing one takes long."""
+        return time.perf_counter() >= self._next
 
     def write(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Write one, then remove what is older than the last `keep`; `FileError` where there is no room."""
+        started = time.perf_counter()
         _make_folder(self.folder)
-        write_tensors(self.path(step), tensors, {"step": step, "facts": facts})
+        try:
+            write_tensors(self.path(step), tensors, {"step": step, "facts": facts})
+        except FileError as error:
+            kept = f"go on from step {self.steps()[-1]:,}" if self.steps() else "begin anew"
+            raise FileError(f"{error} Then make the same call again to {kept}.") from error
         for old in self.steps()[: -self.keep]:
             self.path(old).unlink(missing_ok=True)
+        now = time.perf_counter()
+        self._next = now + max(SECONDS_APART, (now - started) / SHARE)
 
     def latest(self) -> Checkpoint | None:
         """The newest one that is whole; None where there is none. Damaged ones are passed over with a warning.
@@ -76,7 +104,7 @@ class Checkpoints:
         damaged: list[str] = []
         for step in reversed(self.steps()):
             try:
-                found = self._read(step)
+                found = self.read(step)
             except DamagedFile as error:
                 damaged.append(str(error))
                 continue
@@ -90,6 +118,11 @@ class Checkpoints:
             )
         return None
 
+    def clear(self) -> None:
+        """Remove all of them."""
+        for step in self.steps():
+            self.path(step).unlink(missing_ok=True)
+
     def steps(self) -> list[int]:
         """Steps of which there is a checkpoint, in order."""
         if not self.folder.is_dir():
@@ -101,7 +134,8 @@ class Checkpoints:
         """The file of a step."""
         return self.folder / f"{step:08}.safetensors"
 
-    def _read(self, step: int) -> Checkpoint:
+    def read(self, step: int) -> Checkpoint:
+        """That of a step; `DamagedFile` where it is not whole."""
         tensors, facts = read_tensors(self.path(step))
         if facts.get("step") != step:
             raise DamagedFile(f"{str(self.path(step))!r} was renamed: it is of step {facts.get('step')}.")
@@ -138,17 +172,13 @@ class Run:
 
     def __enter__(self) -> Run:
         _make_folder(self.path)
-        if (self.path / CONFIG).exists():
-            self._check_same()  # before the lock, so that another run is told from a busy one
-            self.resumed = True
-        elif any(entry.name != LOCK for entry in self.path.iterdir()):
-            raise FileError(
-                f"{str(self.path)!r} holds files but no run of probgen. Choose an empty folder, or a new one."
-            )
+        self._check()  # before the lock, so that another run is told from a busy one
         self._lock = _lock(self.path / LOCK)
         try:
+            self._check()  # and after it: another process may have begun meanwhile
             remove_parts(self.path)
             remove_parts(self.checkpoints.folder)
+            self.resumed = (self.path / CONFIG).exists()
             if not self.resumed:
                 about = {"format": FORMAT, "verb": self.verb, "config": self.config}
                 write_json(self.path / CONFIG, about | {"versions": versions(), "started": _now()})
@@ -186,25 +216,28 @@ class Run:
     def rewind(self, step: int) -> None:
         """Forget what was logged after a step: it will be done again."""
         kept = [line for line in _read_log(self.path / LOG) if line.get("step", 0) <= step]
-        (self.path / LOG).unlink(missing_ok=True)
-        for line in kept:
-            self.log(**line)
+        write_bytes(self.path / LOG, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
-    def _check_same(self) -> None:
+    def _check(self) -> None:
+        """Refuse a folder of others, and one that holds another run than this."""
+        if not (self.path / CONFIG).exists():
+            if any(
+                entry.name not in (LOCK, COMMAND) and entry.suffix != PART for entry in self.path.iterdir()
+            ):
+                raise FileError(
+                    f"{str(self.path)!r} holds files but no run of probgen. Choose an empty folder, or a new one."
+                )
+            return
         found = read_run(self.path)
         if found.verb != self.verb:
             raise InputError(
                 f"{str(self.path)!r} is a run of {found.verb}; {self.verb} needs a folder of its own."
             )
-        names = sorted({*found.config, *self.config})
-        changed = [name for name in names if found.config.get(name) != self.config.get(name)]
+        changed = _differences(found.config, self.config)
         if changed:
-            told = "; ".join(
-                f"{name} was {found.config.get(name)!r} and is {self.config.get(name)!r}" for name in changed
-            )
             raise InputError(
-                f"{str(self.path)!r} is a run that was asked for otherwise: {told}. Choose another folder, or ask for "
-                "the same to go on."
+                f"{str(self.path)!r} is a run that was asked for otherwise: {'; '.join(changed)}. Choose another "
+                "folder, or ask for the same to go on."
             )
 
 
@@ -265,6 +298,18 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def _differences(was: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two configurations, by name, in words."""
+    told = []
+    for name in sorted({*was, *now}):
+        old, new = was.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            told += _differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            told.append(f"{prefix}{name} was {old!r} and is {new!r}")
+    return told
+
+
 def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -290,9 +335,9 @@ def _lock(path: Path) -> IO[str]:
         raise FileError(
             f"{holder} is at work in {str(path.parent)!r}. Wait for it, stop it, or choose another folder."
         ) from error
-    file.truncate(0)
-    file.write(f"process {os.getpid()} (since {_now()})")
-    file.flush()
+    with contextlib.suppress(OSError):  # a full disk: the lock holds, only its note is missing
+        file.truncate(0)
+        os.write(file.fileno(), f"process {os.getpid()} (since {_now()})".encode())
     return file
 
 

@@ -2,37 +2,52 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Annotated, Any, cast
 
 import torch
 
 from probgen.core import (
+    Draws,
     Engine,
     Estimate,
     Estimator,
     InputError,
     Method,
+    NonNegativeInt,
     Posterior,
+    Size,
     UnsupportedError,
-    check_count,
+    Within,
+    check_arguments,
     describe,
 )
+from probgen.devices import Devices
+from probgen.files import PathLike
+from probgen.fingerprints import fingerprint, recipe
+from probgen.kernels.state import ChainState
 from probgen.randomness import forked_rng
+from probgen.runs import Run
+from probgen.sharing import draw_on
 from probgen.targets import frozen, read, restored_store
 
+POSTERIOR = "posterior.nc"
 
-def infer(
+
+def infer(  # noqa: PLR0913 -- what is drawn, from where, and where it is kept: each stands alone
     program: Any,
     engine: Engine,
     *,
     data: Any = None,
     args: tuple[Any, ...] = (),
-    num_draws: int = 1000,
-    num_chains: int | None = None,
-    seed: int = 0,
+    num_draws: Draws = 1000,
+    num_chains: Size | None = None,
+    seed: NonNegativeInt = 0,
     init: Posterior | None = None,
-    state: Any = None,
+    state: ChainState | None = None,
+    run: PathLike | None = None,
+    devices: int | Devices = 1,
     progress: bool = False,
 ) -> Posterior:
     """Draw from a program given what was observed; engines are interchangeable.
@@ -46,10 +61,18 @@ def infer(
         num_chains: independent replicates, >= 1; None is the engine's default.
         seed: the same call with the same seed is bit-identical; the global random stream is left as it was.
         init: a posterior of any engine to start from; state: this engine's own continuation.
+        run: a folder that keeps the posterior: the same call then reads it, without a gradient. Markov chains leave
+            their state and new draws there every half minute, and at once on Ctrl-C and SIGTERM; stopped, killed or
+            unplugged, the same call goes on from there, to the same last bit on the same machine with as many
+            threads. Other engines begin anew, and so do chains on several devices.
+        devices: processes, on CPU cores or GPUs, that divide the draws, or the chains where draws depend on each other;
+            independent draws stay what they are. `Devices(...)` also sets the precision of networks.
         progress: show a live line on the terminal.
 
-    Returns a `Posterior` with draws `(chain, draw, *batch, *event)`. Raises `InputError` for bad input and
-    `UnsupportedError` where the engine cannot serve, naming those that can.
+    Returns a `Posterior` with draws `(chain, draw, *batch, *event)`. Ctrl-C is a KeyboardInterrupt as everywhere; with
+    a run folder it waits until all is saved, and says so. Raises `InputError` for bad input and for a folder that holds
+    another run, `FileError` where it is in use or cannot be written, and `UnsupportedError` where the engine cannot
+    serve, naming those that can.
 
     >>> import pyro, pyro.distributions as dist
     >>> from probgen.inference import NUTS
@@ -61,10 +84,10 @@ def infer(
     torch.Size([2, 50])
     """
     _check_method(engine, Engine, "inference")
+    check_arguments(infer, locals())
     if num_chains is None:
         num_chains = getattr(state, "num_chains", engine.default_chains)
-    check_count("num_draws", num_draws)
-    check_count("num_chains", num_chains)
+    devices = Devices.of(devices)
     _check_support(program, engine, "inference")
     target = read(program, data, args)
     if target.data and not engine.conditions:
@@ -78,16 +101,51 @@ def infer(
         raise UnsupportedError(
             f"{describe(engine)} takes one data set at a time; side by side they are served by: {able}."
         )
+    settings: dict[str, Any] = {"num_draws": num_draws, "num_chains": num_chains, "seed": seed}
+    from_where: dict[str, Any] = {"init": init, "state": state}
+    draw = partial(engine.run, target)
+    if devices != Devices():
+        draw = partial(draw_on, devices, engine, target, data, args)
     with forked_rng(seed), frozen(program), restored_store():
-        return engine.run(
-            target,
-            num_draws=num_draws,
-            num_chains=num_chains,
-            seed=seed,
-            init=init,
-            state=state,
-            progress=progress,
-        )
+        if run is None:
+            return draw(**settings, **from_where, progress=progress)
+        config = settings | {
+            "program": recipe(program),
+            "weights": fingerprint(program),
+            "engine": str(engine),
+            "settings": fingerprint(engine),
+            "data": fingerprint(data),
+            "args": fingerprint(args),
+            "init": None if init is None else fingerprint(init.draws),
+            "state": None if state is None else fingerprint(state),
+            "devices": asdict(devices),
+        }
+        with Run(run, "infer", config) as folder:
+            if folder.finished is not None:
+                return replace(_loaded(folder), target=target)
+            from probgen.kernels import MarkovEngine
+
+            if devices == Devices() and isinstance(engine, MarkovEngine):
+                draw = partial(draw, run=folder)
+            return _kept(folder, draw(**settings, **from_where, progress=progress))
+
+
+def _loaded(run: Run) -> Posterior:
+    """The posterior that a run folder holds, without its target."""
+    from probgen.saving import load
+
+    return cast(Posterior, load(run.path / POSTERIOR))
+
+
+def _kept(run: Run, posterior: Posterior) -> Posterior:
+    """The posterior, which the run folder holds from now on."""
+    from probgen.saving import save
+
+    save(posterior, run.path / POSTERIOR)
+    cost = posterior.cost
+    run.finish(steps=posterior.num_draws, seconds=cost.seconds + cost.warmup_seconds + cost.compile_seconds)
+    run.checkpoints.clear()
+    return posterior
 
 
 def evidence(
@@ -96,8 +154,8 @@ def evidence(
     data: Any,
     *,
     args: tuple[Any, ...] = (),
-    seed: int = 0,
-    levels: int | None = None,
+    seed: NonNegativeInt = 0,
+    levels: Annotated[int, Within(2)] | None = None,
 ) -> Estimate:
     """Estimate log p(x) of each datum, with its error.
 
@@ -111,6 +169,7 @@ def evidence(
     Returns an `Estimate`, one value a datum. Raises as `infer`.
     """
     _check_method(estimator, Estimator, "evidence")
+    check_arguments(evidence, locals())
     _check_support(program, estimator, "evidence")
     with forked_rng(seed), frozen(program), restored_store(), torch.no_grad():
         if hasattr(data, "num_levels"):

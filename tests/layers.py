@@ -283,7 +283,7 @@ def parameters(node: ast.ClassDef | ast.FunctionDef) -> set[str]:
             arguments.vararg,
             arguments.kwarg,
         ]
-        return {argument.arg for argument in named if argument and argument.arg != "self"}
+        return {argument.arg for argument in named if argument and argument.arg not in ("self", "cls")}
     fields = [
         child
         for child in node.body

@@ -304,8 +304,8 @@ def test_the_gap_of_each_variance() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_steps": 0}, "num_steps must be an integer >= 2, got 0"),
-        ({"num_steps": 1}, "num_steps must be an integer >= 2, got 1"),
+        ({"num_steps": 0}, "num_steps must be an integer in .2, 1,000,000., got 0"),
+        ({"num_steps": 1}, "num_steps must be an integer in .2, 1,000,000., got 1"),
         ({"prediction": "epsilon"}, "did you mean 'eps'"),
         ({"reverse_variance": "betas"}, "did you mean 'beta'"),
         ({"last_step": "x0"}, "known: 'x1', 'x0hat'"),

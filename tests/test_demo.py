@@ -10,8 +10,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from probgen.report.demo import FILES, QUICK, demo
+from probgen.report.demo import FILES, demo
 from probgen.report.folder import MANIFEST
+from probgen.report.record import REPORT
+from probgen.report.steps.settings import QUICK
+from test_report import check_page
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)
@@ -52,7 +55,17 @@ def test_posteriors_open_in_arviz(run: tuple[Path, str], name: str, chains: int)
         assert data["sample_stats"]["diverging"].shape == (chains, draws)
 
 
-ENGINES = ("Ancestral", "ReverseSDE", "ProbabilityFlowODE", "DPMSolver", "Guide", "SVI", "NUTS")
+ENGINES = (
+    "Ancestral",
+    "ReverseSDE",
+    "ProbabilityFlowODE",
+    "DPMSolver",
+    "GuidedSDE",
+    "TwistedSMC",
+    "Guide",
+    "SVI",
+    "NUTS",
+)
 
 
 def test_the_one_table_names_every_engine_and_estimator_of_the_demo(run: tuple[Path, str]) -> None:
@@ -72,6 +85,17 @@ def test_advice_and_figures_follow(run: tuple[Path, str]) -> None:
     assert 0 < figures["accuracy"] < 1
     assert figures["settings"]["ddpm_steps"] == QUICK.ddpm_steps
     assert figures["DDPM/ELBOEstimate"]["figure"] > 0
+
+
+def test_one_page_holds_all_pictures_the_table_and_the_advice(run: tuple[Path, str]) -> None:
+    folder, printed = run
+    assert printed.rstrip().endswith(str(folder / REPORT))
+    page = check_page(folder / REPORT)
+    # Traces of the two approximate engines stay beside the page.
+    assert len(page.all("img")) == len(list(folder.glob("*.png"))) - 2
+    for name in (*ENGINES, "upper_half_seen", "KL of each step", "The classifier reads only", "Worst R-hat"):
+        assert name in page.text
+    assert "weights of 2 of 2 data sets collapsed" in page.text  # eight particles are few, and it says so
 
 
 def test_a_second_run_overwrites_the_first(run: tuple[Path, str]) -> None:

@@ -205,7 +205,7 @@ def test_it_minimises_denoising_score_matching_on_its_data() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "complaint"),
     [
-        (lambda: Empirical(torch.zeros(0, 2)), InputError, r"n >= 1; got torch.float32 of shape \(0, 2\)"),
+        (lambda: Empirical(torch.zeros(0, 2)), InputError, r"n >= 1, got torch.float32 of shape \(0, 2\)"),
         (lambda: Empirical(torch.zeros(3, 2, dtype=torch.long)), InputError, "floating point"),
         (lambda: Empirical(torch.tensor([[0.0], [math.nan]])), InputError, r"first at index \(1, 0\)"),
         (lambda: Empirical(DATA).log_prob(DATA), UnsupportedError, "no density of its own"),

@@ -328,7 +328,7 @@ def test_n_steps_cost_n_calls(build, steps):
         (lambda: DDIM(5, eta=math.nan), "eta must lie in"),
         (lambda: DDIM(5, grid="karas"), "karras"),
         (lambda: DPMSolver(0), "steps"),
-        (lambda: DPMSolver(5, order=4), "order 1, 2 or 3"),
+        (lambda: DPMSolver(5, order=4), "Unknown order .*known: 1, 2, 3"),
         (lambda: DPMSolver(5, stochasticity=-1.0), "stochasticity"),
         (lambda: DPMSolver(5, exponent=math.inf), "exponent"),
         (lambda: DPMSolver(5, grid="logsnrr"), "logsnr"),

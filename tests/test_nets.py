@@ -141,13 +141,13 @@ def test_classifier_takes_any_image():
 @pytest.mark.parametrize(
     ("call", "told"),
     [
-        (lambda: TimeMLP((2,), width=0), "TimeMLP's (width, num_blocks)[0]"),
-        (lambda: TimeMLP((2,), num_blocks=-1), "TimeMLP's (width, num_blocks)[1]"),
-        (lambda: TimeEmbedding(8, num_frequencies=1), "num_frequencies must be an integer >= 2"),
-        (lambda: MLP((0,), (2,)), "MLP's sizes[0]"),
+        (lambda: TimeMLP((2,), width=0), "TimeMLP: width must be an integer >= 1"),
+        (lambda: TimeMLP((2,), num_blocks=-1), "TimeMLP: num_blocks must be an integer"),
+        (lambda: TimeEmbedding(8, num_frequencies=1), "num_frequencies must be an integer in [2, 10,000]"),
+        (lambda: MLP((0,), (2,)), "MLP: in_shape[0] must be an integer"),
         (lambda: UNet((8, 8)), "expected an event shape (channels, height, width), got (8, 8)"),
         (lambda: UNet((1, 8, 8), widths=()), "UNet's number of widths"),
-        (lambda: UNet((1, 8, 8), widths=(8, 0)), "UNet's (*widths, num_blocks)[1]"),
+        (lambda: UNet((1, 8, 8), widths=(8, 0)), "UNet: widths[1] must be an integer"),
         (lambda: Classifier((64,)), "Classifier works on images"),
         (lambda: MLP((3,), (2,))(torch.zeros(5, 4)), "got (5, 4)"),
         (lambda: MLP((1, 3), (2,))(torch.zeros(3)), "got (3,)"),

@@ -321,7 +321,7 @@ class Unadjusted(HMC):
         ({"max_temperature": 1.0}, "max_temperature must be > 1"),
         ({"max_temperature": math.nan}, "max_temperature must be > 1"),
         ({"moves": Unadjusted()}, "moves must be an engine of Markov chains with an accept step"),
-        ({"moves": HMC}, "moves must be an engine"),
+        ({"moves": HMC}, "moves must be a MarkovEngine"),
         ({"thin": 0}, "thin must be an integer >= 1"),
     ],
 )

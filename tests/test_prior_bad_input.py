@@ -120,8 +120,8 @@ def test_engines_that_do_not_condition_name_those_that_do(engine: Engine) -> Non
         (lambda: Prior(GaussianMixture), "needs a fitted program.*got GaussianMixture"),
         (lambda: Prior(without_prior), "a Pyro function|A Pyro function"),
         (lambda: Prior(PRIOR, condition=torch.tensor(1)), r"one row.*got shape \(\); one row is c\[None\]"),
-        (lambda: Prior(PRIOR, condition=3), "one row.*got int"),  # type: ignore[arg-type]
-        (lambda: Prior(PRIOR, sampler=GuidedSDE), "sampler must be an engine"),  # type: ignore[arg-type]
+        (lambda: Prior(PRIOR, condition=3), "condition must be a torch.Tensor.*got 3"),  # type: ignore[arg-type]
+        (lambda: Prior(PRIOR, sampler=GuidedSDE), "sampler must be an Engine"),  # type: ignore[arg-type]
     ],
 )
 def test_what_is_no_prior(make: Callable[[], Prior], words: str) -> None:
@@ -228,7 +228,7 @@ def labelled(classifier: Callable[..., Tensor]) -> Callable[[], None]:
     [
         (lambda x: x, 1, r"classifier \(x, t\) -> logits.*takes 1 positional argument.*Categorical"),
         (torch.nn.Linear(2, 2).double(), 1, r"classifier \(x, t\) -> logits.*Linear failed"),
-        (lambda x, _: x.sum(), 1, r"expected logits of shape \(1, num_classes\), got \(\)"),
+        (lambda x, _: x.sum(), 1, r"expected logits of shape \(1, num_classes\) of the classifier, got \(\)"),
         (lambda x, _: x, 2, "Site 'label': values 2..2 .*leave the support"),
         (lambda x, _: x * torch.nan, 1, "density of site 'label'"),
     ],

@@ -774,7 +774,7 @@ def test_a_fitted_score_sde_draws_its_data() -> None:
         (lambda: ImplicitScoreMatching("sigma"), "did you mean 'sigma2'"),
         (lambda: DenoisingScoreMatching("likelihood"), "Unknown weighting 'likelihood'; known: 'sigma2'"),
         (lambda: DenoisingScoreMatching(sampling="important"), "did you mean 'importance'"),
-        (lambda: DenoisingScoreMatching(t=1.5), r"times must lie in \[0, 1\].*got 1.5"),
+        (lambda: DenoisingScoreMatching(t=1.5), r"t must lie in \[0, 1\].*got 1.5"),
         (lambda: ExplicitScoreMatching(abs, t=-0.1), r"got -0.1"),
         (lambda: ConditionalFlowMatching("normal"), "Unknown times 'normal'"),
         (lambda: SimpleLoss().loss(GaussianMixture.example(), Batch({"y": torch.zeros(3)})), "site 'x', got"),

@@ -153,7 +153,7 @@ def test_levels_run_from_the_noisiest_to_the_least_noisy() -> None:
         (lambda: NCSN(Spy(), num_levels=1), "num_levels"),
         (lambda: NCSN(Spy(), sigma_max=0.1, sigma_min=1.0), "sigma_min < sigma_max"),
         (lambda: Labels(0), "num_classes"),
-        (lambda: Vector((3, 0)), "condition"),
+        (lambda: Vector((3, 0)), r"shape\[1\] must be an integer >= 1, got 0"),
         (lambda: FlowLaw(ScoreSDE(Spy()), num_steps=0), "num_steps"),
     ],
 )

@@ -17,6 +17,7 @@ from probgen.core import DataSets, InputError, UnsupportedError
 from probgen.inference.guide import Guide
 from probgen.inference.hmc import HMC
 from probgen.inference.ula import ULA
+from probgen.kernels.keeping import Draws
 from probgen.kernels.noise import Normals
 from probgen.kernels.run import Chains
 from probgen.kernels.streaming import Moments, moments
@@ -86,9 +87,11 @@ def test_draws_of_chains_are_the_same_in_another_chunk() -> None:
             Chains(ENGINE, target, number, 3, first_chain=first) for number, first in ((2, 4), (9, 0))
         )
         for chains in (alone, all_chains):
+            chains.draws = Draws(12)
             chains.begin()
             chains.warm_up()
-        (part, _), (draws, _) = alone.draw(12), all_chains.draw(12)
+            chains.draw()
+    part, draws = alone.draws.values["u"], all_chains.draws.values["u"]
     torch.testing.assert_close(part, draws[:, :, 4:6], rtol=1e-12, atol=1e-12)
 
 

@@ -22,6 +22,7 @@ from probgen.diagnostics.plots import (
     reconstruction_grid,
 )
 from probgen.diagnostics.predict import predict
+from probgen.diagnostics.predictive import plot_predictive
 from probgen.diagnostics.sbc import sbc
 from probgen.diagnostics.sliced_wasserstein import sliced_wasserstein
 from probgen.diagnostics.summary import summary
@@ -45,6 +46,7 @@ __all__ = [
     "noised_density",
     "plot_flow",
     "plot_history",
+    "plot_predictive",
     "plot_ranks",
     "plot_terms",
     "plot_traces",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from probgen.arviz_io import chain_error
-from probgen.core import InputError, Posterior
+from probgen.core import InputError, NonNegativeInt, Positive, Posterior, check_arguments
 from probgen.diagnostics.c2st import C2ST, c2st
 from probgen.diagnostics.calibration import verdict_text
 from probgen.diagnostics.plots import PALETTE, File, new_figure
@@ -186,7 +186,9 @@ class Agreement:
             yield f"{name:{width}} {e.num_draws:10,} {e.ess:9.0f} {paid}"
 
 
-def agree(posteriors: Mapping[str, Posterior], *, limit: float = LIMIT, seed: int = 0) -> Agreement:
+def agree(
+    posteriors: Mapping[str, Posterior], *, limit: Positive = LIMIT, seed: NonNegativeInt = 0
+) -> Agreement:
     """Compare posteriors pair by pair: z = (s_a - s_b) / sqrt(e_a^2 + e_b^2) for statistics s of every entry.
 
     s is the mean, the sd, and the probability below the 5, 50 and 95 % quantile of all draws; e its Monte Carlo error:
@@ -212,6 +214,7 @@ def agree(posteriors: Mapping[str, Posterior], *, limit: float = LIMIT, seed: in
     >>> agree({"NUTS": posterior, "HMC": replace(posterior, draws={"z": posterior["z"] + 0.3})}).worst.name
     'mean of z[2]'
     """
+    check_arguments(agree, locals())
     if len(posteriors) < 2:
         raise InputError(f"Agreement takes two posteriors or more, by name; got {list(posteriors)}.")
     sites = _shared(posteriors)

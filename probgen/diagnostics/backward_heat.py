@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from probgen.core import InputError, describe
+from probgen.core import Count, InputError, Positive, Within, check_arguments, describe
 from probgen.diagnostics.densities import Density, box, coordinates, on_mesh, own_density
 from probgen.diagnostics.mesh import Mesh, Motion, evolve
 from probgen.dynamics import Velocity
@@ -57,10 +57,10 @@ def backward_heat(
     *,
     t_from: float,
     t_to: float,
-    stochasticity: float = 1.0,
+    stochasticity: Annotated[float, Within(0, 1000)] = 1.0,
     density: Density | None = None,
-    num_points: int | None = None,
-    ripple: float = 1e-9,
+    num_points: Count | None = None,
+    ripple: Positive = 1e-9,
 ) -> BackwardHeat:
     """Run the heat equation of a process backwards on a mesh, and beside it a member of the family with its marginals.
 
@@ -92,6 +92,7 @@ def backward_heat(
     >>> found.heat_growth > 5, found.family_growth < 2
     (True, True)
     """
+    check_arguments(backward_heat, locals())
     x_0 = coordinates(program, data)
     velocity = Velocity.of(program)
     scaled = _Scaled(program, velocity, density or own_density(program, x_0, velocity.process))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from probgen.core import InputError, check_count, check_finite
+from probgen.core import InputError, NonNegativeInt, Within, check_arguments, check_finite
 from probgen.randomness import forked_rng
 
 _WIDTH, _STEPS, _RATE, _DECAY = 32, 60, 0.02, 0.01  # few steps, or it learns the samples by heart
@@ -49,7 +50,7 @@ class C2ST:
         )
 
 
-def c2st(a: Tensor, b: Tensor, *, num_folds: int = 5, seed: int = 0) -> C2ST:
+def c2st(a: Tensor, b: Tensor, *, num_folds: Annotated[int, Within(2)] = 5, seed: NonNegativeInt = 0) -> C2ST:
     """The accuracy of a classifier between two sets of samples, on folds left out: classifier two-sample test.
 
     A network of two layers sees both sets in units of their joint spread. Under equal laws the accuracy on n samples
@@ -73,7 +74,7 @@ def c2st(a: Tensor, b: Tensor, *, num_folds: int = 5, seed: int = 0) -> C2ST:
     >>> c2st(x[0], x[2]).p_value > 0.01
     True
     """
-    check_count("num_folds", num_folds, 2)
+    check_arguments(c2st, locals())
     n = _check(a, b, num_folds)
     with forked_rng(seed):
         x, label = _shuffled(a, b, n)
@@ -141,5 +142,5 @@ def _check(a: Tensor, b: Tensor, num_folds: int) -> int:
         check_finite(f"Set {name}", value)
     n = min(len(a), len(b))
     if 2 * n < 5 * num_folds:
-        raise InputError(f"{2 * n} samples are too few for {num_folds} folds: there must be 5 in each.")
+        raise InputError(f"{2 * n} samples are too few for num_folds={num_folds}: there must be 5 in each.")
     return n

@@ -15,18 +15,21 @@ from torch import Tensor
 
 from probgen.core import (
     Cost,
+    Count,
     DataSets,
     Engine,
     InputError,
+    NonNegativeInt,
     Posterior,
     Target,
-    check_count,
+    check_arguments,
+    check_fields,
     describe,
     did_you_mean,
 )
 from probgen.diagnostics.uniformity import power
 from probgen.progress import ticker
-from probgen.randomness import check_seed, forked_rng
+from probgen.randomness import forked_rng
 from probgen.replay import observations, simulations
 from probgen.targets import read
 from probgen.verbs import infer
@@ -78,13 +81,14 @@ class SimulatedPosteriors:
     cost: Cost = field(default_factory=Cost)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.truth or self.truth.keys() != self.draws.keys():
             raise InputError(
                 f"truth and draws must be of the same sites, got {list(self.truth)} and {list(self.draws)}."
             )
         for site, truth in self.truth.items():
             got = tuple(self.draws[site].shape)
-            if truth.ndim < 1 or got != (self.num_draws, self.num_sets, *truth.shape[1:]):
+            if truth.ndim < 1 or 0 in got or got != (self.num_draws, self.num_sets, *truth.shape[1:]):
                 raise InputError(
                     f"Site {site!r}: truths of shape {tuple(truth.shape)} need draws (num_draws, "
                     f"{', '.join(map(str, truth.shape))}), got {got}."
@@ -184,11 +188,11 @@ def simulated_posteriors(
     *,
     observed: str | Collection[str],
     args: tuple[Any, ...] = (),
-    num_sets: int = ENOUGH_SETS,
-    num_draws: int = 99,
-    num_chains: int | None = None,
-    chunk_size: int | None = None,
-    seed: int = 0,
+    num_sets: Count = ENOUGH_SETS,
+    num_draws: Count = 99,
+    num_chains: Count | None = None,
+    chunk_size: Count | None = None,
+    seed: NonNegativeInt = 0,
     progress: bool = False,
 ) -> SimulatedPosteriors:
     """Draw (z, y) ~ p(z, y), hide z, and let the engine draw from p(z | y), for every pair.
@@ -215,10 +219,7 @@ def simulated_posteriors(
     >>> print(simulated_posteriors(ConjugateGaussian.example(), Guide(), observed="x", num_sets=10))
     99 draws for each of 10 simulated data sets by Guide
     """
-    check_count("num_sets", num_sets)
-    if chunk_size is not None:
-        check_count("chunk_size", chunk_size)
-    check_seed(seed)
+    check_arguments(simulated_posteriors, locals())
     names = [observed] if isinstance(observed, str) else list(observed)
     target = read(program, None, args)
     _check_observed(target, names)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from probgen.core import InputError
+from probgen.core import InputError, Positive, check_arguments
 from probgen.diagnostics.mesh import Mesh
 
 _CELLS = {1: 64, 2: 16}  # cells a mesh is cut into along each axis
@@ -23,7 +23,7 @@ class ChiSquare(NamedTuple):
     detectable: float
 
 
-def chi_square(mesh: Mesh, density: Tensor, x: Tensor, limit: float = 4.5) -> ChiSquare:
+def chi_square(mesh: Mesh, density: Tensor, x: Tensor, limit: Positive = 4.5) -> ChiSquare:
     """sum (counted - expected)^2 / expected over cells of a mesh, for draws x and a density.
 
     Cells where fewer than ten draws are expected, and all that lies outside of the mesh, are one cell. The statistic is
@@ -44,6 +44,7 @@ def chi_square(mesh: Mesh, density: Tensor, x: Tensor, limit: float = 4.5) -> Ch
     >>> chi_square(mesh, p, normal.sample((5000, 1))).z < 4.5, chi_square(mesh, p, torch.rand(5000, 1)).z > 20
     (True, True)
     """
+    check_arguments(chi_square, locals())
     size = max(1, mesh.num_points // _CELLS[len(mesh.low)])
     expected = len(x) * mesh.cells(density, size).flatten()
     counted = mesh.count(x.detach().cpu(), size).flatten().double()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from probgen.core import InputError
+from probgen.core import Fraction, InputError, check_arguments
 from probgen.diagnostics.calibration import SimulatedPosteriors, pit, verdict_text
 from probgen.diagnostics.calibration import example as simulated
 from probgen.diagnostics.plots import PALETTE, File, new_figure
@@ -134,7 +134,7 @@ class Coverage:
 
 
 def coverage(
-    posteriors: SimulatedPosteriors, levels: Sequence[float] = LEVELS, *, alpha: float = 0.01
+    posteriors: SimulatedPosteriors, levels: Sequence[Fraction] = LEVELS, *, alpha: Fraction = 0.01
 ) -> Coverage:
     """#{i : z_i in R_c(y_i)} / num_sets, over pairs (z_i, y_i) ~ p(z, y): expected coverage of credible regions R_c.
 
@@ -160,6 +160,7 @@ def coverage(
     >>> coverage(example(), levels=[0.9]).problems[0]
     '90% central intervals of z hold 8... +- 0.9% of the truths: too narrow.'
     """
+    check_arguments(coverage, locals())
     if not levels or not all(0 < level < 1 for level in levels):
         raise InputError(f"levels must lie in (0, 1), got {list(levels)}.")
     c = np.asarray(levels)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probgen.core import InputError, Normalised, Scored, check_finite, describe
+from probgen.core import InputError, Normalised, Scored, check_arguments, check_finite, describe, shown
 from probgen.diagnostics.mesh import Mesh
 from probgen.dynamics.engine import floating_weight
 from probgen.processes import Gaussian, Process
@@ -26,6 +26,7 @@ def exact_density(program: Any) -> Density:
     >>> round(mesh.integral(exact_density(GaussianMixture.example())(mesh, 0.5)), 6)
     1.0
     """
+    check_arguments(exact_density, locals())
 
     def density(mesh: Mesh, t: float) -> Tensor:
         return on_mesh(program, program.log_prob, mesh, t).squeeze(-1).exp()
@@ -45,6 +46,7 @@ def noised_density(data: Tensor, process: Process) -> Density:
     >>> round(mesh.integral(noised_density(torch.randn(100, 1), VP())(mesh, 0.5)), 6)
     1.0
     """
+    check_arguments(noised_density, locals())
 
     def density(mesh: Mesh, t: float) -> Tensor:
         parts = data.double().split(_DRAWS_AT_ONCE)
@@ -96,6 +98,8 @@ def on_mesh(program: Any, field: Callable[[Tensor, Tensor], Tensor], mesh: Mesh,
 
 def coordinates(program: Any, data: Tensor) -> Tensor:
     """Data `(n, *event)` of one or two coordinates as `(n, d)`, float64; `InputError` where they are not that."""
+    if not hasattr(program, "event_shape"):
+        raise InputError(f"program must be one with an event_shape, as probgen's are, got {shown(program)}.")
     event_shape = tuple(program.event_shape)
     if tuple(data.shape[1:]) != event_shape or len(data) < _FEWEST:
         raise InputError(

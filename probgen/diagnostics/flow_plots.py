@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probgen.core import InputError
+from probgen.core import InputError, check_arguments
 from probgen.diagnostics.densities import Density
 from probgen.diagnostics.mesh import Mesh
 from probgen.diagnostics.plots import PALETTE, File, new_figure
@@ -53,6 +53,7 @@ def plot_flow(
 
     Returns the path. Raises `InputError` where there is no run, or its coordinates are not those of the mesh.
     """
+    check_arguments(plot_flow, locals())
     if not runs:
         raise InputError("There are no runs to plot.")
     flat = {name: (times, states.flatten(2)) for name, (times, states) in runs.items()}

@@ -13,19 +13,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from probgen.core import InputError, Scored, describe
+from probgen.core import (
+    Count,
+    InputError,
+    NonNegativeInt,
+    Positive,
+    Scored,
+    Within,
+    check_arguments,
+    describe,
+)
 from probgen.diagnostics.chi_square import chi_square
 from probgen.diagnostics.densities import Density, box, coordinates, law_at, on_mesh, own_density
 from probgen.diagnostics.lipschitz import Lipschitz, lipschitz
 from probgen.diagnostics.mesh import Mesh, Motion
 from probgen.dynamics import Velocity
+from probgen.dynamics.fields import Steps
 from probgen.dynamics.paths import trajectories
-from probgen.processes import Process
+from probgen.processes import Process, Time
 from probgen.randomness import Noise
 
 _NUM_POINTS = {1: 512, 2: 128}
@@ -253,13 +263,13 @@ def fokker_planck(
     data: Tensor,
     *,
     density: Density | None = None,
-    times: Sequence[float] | None = None,
-    stochasticities: Sequence[float] = (0.0, 0.5, 1.0, 2.0),
-    num_points: int | None = None,
-    num_steps: int = 120,
-    tolerance: float = 1e-3,
-    limit: float = 4.5,
-    seed: int = 0,
+    times: Sequence[Time] | None = None,
+    stochasticities: Sequence[Annotated[float, Within(0, 1000)]] = (0.0, 0.5, 1.0, 2.0),
+    num_points: Count | None = None,
+    num_steps: Steps = 120,
+    tolerance: Positive = 1e-3,
+    limit: Positive = 4.5,
+    seed: NonNegativeInt = 0,
 ) -> FokkerPlanck:
     """Check that a program of one or two dimensions, its process and its score move one and the same density.
 
@@ -293,6 +303,7 @@ def fokker_planck(
     >>> fokker_planck(mixture, infer(mixture, Ancestral(), num_draws=2000).flat("x"), num_steps=30).ok
     True
     """
+    check_arguments(fokker_planck, locals())
     question = _Question(
         program, Velocity.of(program), coordinates(program, data), num_points, num_steps, limit, seed
     )

@@ -7,7 +7,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from probgen.core import InputError, check_count, check_finite
+from probgen.core import Count, InputError, NonNegativeInt, check_arguments, check_finite
 
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
@@ -33,6 +33,7 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     >>> round(frechet_distance(x, x + 2.0), 3)                            # three coordinates moved by 2
     12.0
     """
+    check_arguments(frechet_distance, locals())
     a, b = (_check_features(features) for features in (features_a, features_b))
     if a.shape[1] != b.shape[1]:
         raise InputError(f"Both sets need the same features: got {a.shape[1]} and {b.shape[1]} columns.")
@@ -42,7 +43,7 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     return float((a.mean(0) - b.mean(0)).square().sum() + spread.clamp(min=0))
 
 
-def frechet_floor(features: Tensor, seed: int = 0, num_splits: int = 5) -> float:
+def frechet_floor(features: Tensor, seed: NonNegativeInt = 0, num_splits: Count = 5) -> float:
     """The Fréchet distance between two random halves of one data set, median over splits: what zero looks like.
 
     A generator is judged by frechet_distance(generated, half of the real data) / floor, with as many samples as
@@ -62,7 +63,7 @@ def frechet_floor(features: Tensor, seed: int = 0, num_splits: int = 5) -> float
     >>> frechet_floor(torch.randn(2000, 3)) < 0.05
     True
     """
-    check_count("num_splits", num_splits)
+    check_arguments(frechet_floor, locals())
     generator = torch.Generator().manual_seed(seed)
     half = len(features) // 2
     splits = [torch.randperm(len(features), generator=generator) for _ in range(num_splits)]

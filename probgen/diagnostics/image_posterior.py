@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probgen.core import InputError, check_count
+from probgen.core import Count, InputError, check_arguments
 from probgen.diagnostics.plots import Array, File, new_figure
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def plot_image_posterior(
     draws: Tensor,
     path: File,
     *,
-    num_samples: int = 3,
+    num_samples: Count = 3,
     bounds: tuple[float, float] = (-1.0, 1.0),
     title: str = "",
 ) -> Path:
@@ -46,7 +46,7 @@ def plot_image_posterior(
     >>> plot_image_posterior(truth, truth, torch.rand(9, 4, 8, 8), f"{mkdtemp()}/seen.png").name
     'seen.png'
     """
-    check_count("num_samples", num_samples)
+    check_arguments(plot_image_posterior, locals())
     real, known, drawn = _grey(truth, "truth"), _grey(seen, "seen"), _grey(draws, "draws")
     if real.shape != known.shape or drawn.ndim != 4 or drawn.shape[1:] != real.shape:
         raise InputError(

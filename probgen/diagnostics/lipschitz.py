@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from probgen.core import Count, NonNegativeInt, Size, check_arguments
 from probgen.dynamics import Velocity
 from probgen.dynamics.engine import floating_weight
+from probgen.dynamics.fields import Steps
 from probgen.dynamics.paths import trajectories
 from probgen.randomness import Noise
 
@@ -26,7 +28,12 @@ class Lipschitz(NamedTuple):
 
 
 def lipschitz(
-    program: Any, *, num_paths: int = 200, num_steps: int = 100, every: int = 10, seed: int = 0
+    program: Any,
+    *,
+    num_paths: Size = 200,
+    num_steps: Steps = 100,
+    every: Count = 10,
+    seed: NonNegativeInt = 0,
 ) -> Lipschitz:
     """The largest local Lipschitz constant of the velocity, |dv/dx| in the spectral norm, along its paths to the data.
 
@@ -48,6 +55,7 @@ def lipschitz(
     >>> found.times.shape, bool(found.largest[-1] > found.largest[0])
     (torch.Size([3]), True)
     """
+    check_arguments(lipschitz, locals())
     velocity = Velocity.of(program)
     like = floating_weight(program)
     noise = Noise(seed, 1, num_paths, tuple(program.event_shape), like.dtype, like.device)

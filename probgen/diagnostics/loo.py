@@ -12,7 +12,7 @@ import pyro.distributions as dist
 import torch
 
 from probgen.arviz_io import leave_one_out
-from probgen.core import Cost, InputError, Posterior, did_you_mean
+from probgen.core import Cost, InputError, Posterior, check_arguments, did_you_mean
 from probgen.replay import log_likelihood
 from probgen.targets import read
 
@@ -75,6 +75,7 @@ def loo(posterior: Posterior, site: str | None = None) -> LOO:
     Leave-one-out over 20 rows of y: elpd ... nats, effective number of parameters ...
     Every Pareto k is below 0.70.
     """
+    check_arguments(loo, locals())
     terms = log_likelihood(posterior)
     site = _choose(site, list(terms))
     if terms[site][0, 0].numel() < 2:

@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
-from probgen.core import InputError, ProbgenError, check_count, check_finite
+from probgen.core import InputError, ProbgenError, Within, check_fields, check_finite
 
 MAX_STEPS = 100_000
 
@@ -39,10 +39,10 @@ class Mesh:
 
     low: tuple[float, ...]
     high: tuple[float, ...]
-    num_points: int
+    num_points: Annotated[int, Within(8, 4096)]
 
     def __post_init__(self) -> None:
-        check_count("num_points", self.num_points, 8)
+        check_fields(self)
         if self.num_points & (self.num_points - 1):
             raise InputError(f"num_points must be a power of two, got {self.num_points}.")
         if len(self.low) not in (1, 2) or len(self.high) != len(self.low):

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from probgen.core import InputError, Posterior, Terms
+from probgen.core import FileError, InputError, Posterior, Size, Terms, check, check_arguments
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,7 +55,7 @@ def image_grid(
     images: Tensor,
     path: File,
     *,
-    num_columns: int | None = None,
+    num_columns: Size | None = None,
     bounds: tuple[float, float] | None = (-1.0, 1.0),
     title: str = "",
 ) -> Path:
@@ -70,6 +70,7 @@ def image_grid(
 
     Returns the path. Raises `InputError` for other shapes, or no images.
     """
+    check_arguments(image_grid, locals())
     pixels = _pixels(images, bounds)
     columns = num_columns or math.ceil(math.sqrt(len(pixels)))
     with new_figure(path) as figure:
@@ -82,7 +83,7 @@ def reconstruction_grid(
     reconstructions: Tensor,
     path: File,
     *,
-    num_columns: int = 10,
+    num_columns: Size = 10,
     bounds: tuple[float, float] | None = (-1.0, 1.0),
     title: str = "",
 ) -> Path:
@@ -95,6 +96,7 @@ def reconstruction_grid(
 
     Returns the path. Raises `InputError` for other shapes, or no images.
     """
+    check_arguments(reconstruction_grid, locals())
     if originals.shape != reconstructions.shape:
         raise InputError(
             f"Originals have shape {tuple(originals.shape)} and reconstructions {tuple(reconstructions.shape)}: "
@@ -173,6 +175,7 @@ def plot_terms(terms: Terms, path: File, *, title: str = "Terms of the bound") -
 
     Returns the path. Raises `InputError` where there is no term.
     """
+    check_arguments(plot_terms, locals())
     if not terms.names:
         raise InputError("There are no terms to plot.")
     value, error = _floats(terms.value), _floats(terms.standard_error)
@@ -237,9 +240,10 @@ def plot_traces(posterior: Posterior, path: File, sites: Collection[str] | None 
         path: the file to write.
         sites: which sites; None means all.
 
-    Returns the path. Raises `InputError` for unknown sites.
+    Returns the path. Raises `InputError` for unknown sites, or sites without an entry.
     """
-    entries = list(islice(_entries(posterior, sites), _MOST_ENTRIES))
+    check_arguments(plot_traces, locals())
+    entries = _first_entries(posterior, sites)
     diverging = posterior.stats.get("diverging")
     with new_figure(path, size=(8.5, 0.5 + 1.35 * len(entries))) as figure:
         axes = figure.subplots(len(entries), 2, squeeze=False, width_ratios=(1, 2.2))
@@ -262,7 +266,7 @@ def plot_traces(posterior: Posterior, path: File, sites: Collection[str] | None 
 
 
 def plot_ranks(
-    posterior: Posterior, path: File, sites: Collection[str] | None = None, num_bins: int = 20
+    posterior: Posterior, path: File, sites: Collection[str] | None = None, num_bins: Size = 20
 ) -> Path:
     """For each entry, how the ranks of a chain's draws among all draws are spread: flat where chains agree.
 
@@ -279,9 +283,10 @@ def plot_ranks(
 
     Source: Vehtari et al. (2021), arXiv 1903.08008.
     """
+    check_arguments(plot_ranks, locals())
     if posterior.num_chains < 2:
         raise InputError("Ranks compare chains, and there is one only: draw with num_chains=4.")
-    entries = list(islice(_entries(posterior, sites), _MOST_ENTRIES))
+    entries = _first_entries(posterior, sites)
     expected = posterior.num_draws / num_bins
     width = 1.96 * math.sqrt(expected * (1 - 1 / num_bins) * (1 - 1 / posterior.num_chains))
     columns = 2 if len(entries) > 1 else 1
@@ -303,6 +308,14 @@ def plot_ranks(
         figure.supxlabel("rank among the draws of all chains (%), one colour a chain", fontsize=9)
         figure.supylabel("draws in a bin", fontsize=9)
     return Path(path)
+
+
+def _first_entries(posterior: Posterior, sites: Collection[str] | None) -> list[tuple[str, Array]]:
+    entries = list(islice(_entries(posterior, sites), _MOST_ENTRIES))
+    if not entries:
+        shapes = {site: tuple(value.shape) for site, value in posterior.draws.items()}
+        raise InputError(f"There is nothing to plot: no entries in draws of shapes {shapes}.")
+    return entries
 
 
 def _entries(posterior: Posterior, sites: Collection[str] | None) -> Iterator[tuple[str, Array]]:
@@ -369,6 +382,8 @@ def plot_history(
 
     Returns the path. Raises `InputError` where there is nothing to draw.
     """
+    check("plot_history: curves", curves, Mapping[str, Sequence[Any]])  # losses may be NaN
+    check("plot_history: path", path, File)
     points = {name: _points(curve) for name, curve in curves.items() if len(curve)}
     points = {name: (step, value) for name, (step, value) in points.items() if len(value)}
     if not points:
@@ -440,8 +455,13 @@ def new_figure(path: File, size: tuple[float, float] = (6.5, 4.0)) -> Iterator[F
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
         yield figure
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, bbox_inches="tight")
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, bbox_inches="tight")
+        except (OSError, ValueError) as error:  # a format that matplotlib does not know is a ValueError
+            raise FileError(
+                f"The file {str(path)!r} cannot be written: {error}. Choose another path."
+            ) from error
 
 
 def _floats(value: Tensor) -> Array:

@@ -11,14 +11,24 @@ import pyro
 import pyro.distributions as dist
 from torch import Tensor
 
-from probgen.core import Cost, InputError, Posterior, Site, check_count, describe
-from probgen.randomness import check_seed
+from probgen.core import (
+    Cost,
+    Count,
+    InputError,
+    NonNegativeInt,
+    Posterior,
+    Program,
+    Site,
+    check_arguments,
+    describe,
+    shown,
+)
 from probgen.replay import predictions, require_target, simulations
 from probgen.targets import read, site_dims
 
 
 def predict(
-    source: Any, *, num_draws: int | None = None, args: tuple[Any, ...] = (), seed: int = 0
+    source: Any, *, num_draws: Count | None = None, args: tuple[Any, ...] = (), seed: NonNegativeInt = 0
 ) -> Posterior:
     """Draw data from a program, or from a posterior.
 
@@ -41,11 +51,11 @@ def predict(
     >>> predict(model, num_draws=100)["y"].shape
     torch.Size([1, 100])
     """
-    check_seed(seed)
-    if num_draws is not None:
-        check_count("num_draws", num_draws)
+    check_arguments(predict, locals())
     if isinstance(source, Posterior):
         return _from_posterior(source, num_draws, args, seed)
+    if not isinstance(source, Program) and not callable(source):
+        raise InputError(f"source must be a posterior or a program, got {shown(source)}.")
     if num_draws is None:
         raise InputError(f"How many draws of {describe(source)}? Pass num_draws=, e.g. 500.")
     return _from_program(source, num_draws, args, seed)

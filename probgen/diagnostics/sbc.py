@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from probgen.core import InputError
+from probgen.core import Fraction, InputError, check_arguments
 from probgen.diagnostics.calibration import SimulatedPosteriors, pit, verdict_text
 from probgen.diagnostics.calibration import example as simulated
 from probgen.diagnostics.plots import PALETTE, File, new_figure
@@ -121,7 +121,7 @@ class SBC:
             )
 
 
-def sbc(posteriors: SimulatedPosteriors, *, alpha: float = 0.01) -> SBC:
+def sbc(posteriors: SimulatedPosteriors, *, alpha: Fraction = 0.01) -> SBC:
     """Test that u = (#{z_l < z} + U)/(L + 1) is uniform over pairs (z, y) ~ p(z, y), with z_1..z_L the draws of z | y.
 
     Of every entry of every latent: chi-square of ten bins, Kolmogorov-Smirnov, and normal scores, the sharper test of
@@ -140,6 +140,7 @@ def sbc(posteriors: SimulatedPosteriors, *, alpha: float = 0.01) -> SBC:
     >>> sbc(example()).problems[0]
     'z (p = ...): draws are too wide, their sd about 1.2... times what it should be.'
     """
+    check_arguments(sbc, locals())
     if not 0 < alpha < 1:
         raise InputError(f"alpha is the probability of a false alarm, in (0, 1), got {alpha}.")
     pits = {entry.name: pit(entry.truth, entry.draws) for entry in posteriors.entries}

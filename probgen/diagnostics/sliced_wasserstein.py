@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from probgen.core import InputError, check_count, check_finite
+from probgen.core import Count, InputError, NonNegativeInt, Within, check_arguments, check_finite
 
 Array = npt.NDArray[np.float64]
 
@@ -34,7 +34,12 @@ class SlicedWasserstein(NamedTuple):
 
 
 def sliced_wasserstein(
-    a: Tensor, b: Tensor, *, num_directions: int = 50, num_permutations: int = 100, seed: int = 0
+    a: Tensor,
+    b: Tensor,
+    *,
+    num_directions: Count = 50,
+    num_permutations: Annotated[int, Within(10)] = 100,
+    seed: NonNegativeInt = 0,
 ) -> SlicedWasserstein:
     """The mean over directions u on the sphere of W_1(u'a, u'b) = int |F_a(s) - F_b(s)| ds, in joint units.
 
@@ -55,8 +60,7 @@ def sliced_wasserstein(
     >>> found.distance > 5 * found.noise, sliced_wasserstein(x[0], x[2]).z < 4.5
     (True, True)
     """
-    check_count("num_directions", num_directions)
-    check_count("num_permutations", num_permutations, 10)
+    check_arguments(sliced_wasserstein, locals())
     x = _standardised(a, b)
     rng = np.random.default_rng(seed)
     u = rng.normal(size=(x.shape[1], num_directions))

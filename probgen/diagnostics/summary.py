@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from probgen.arviz_io import chain_table, draws_table
-from probgen.core import MEANINGS, Cost, InputError, Posterior
+from probgen.core import MEANINGS, Cost, InputError, Posterior, check_arguments
 from probgen.diagnostics.advice import notes, problems
 
 _ROWS_SHOWN = 12
@@ -72,11 +72,14 @@ def summary(posterior: Posterior, sites: Collection[str] | None = None) -> Summa
     >>> list(verdict.table.columns)[-3:]
     ['ess_bulk', 'ess_tail', 'r_hat']
     """
+    check_arguments(summary, locals())
     if posterior.kind == "mcmc" and posterior.num_draws < 4:
         raise InputError(
             f"R-hat needs at least 4 draws a chain, got {posterior.num_draws}; draw a few hundred (num_draws=...)."
         )
     chosen = list(posterior.draws) if sites is None else list(sites)
+    if not chosen:
+        raise InputError("sites must name one site or more, got none; None means all.")
     part = replace(posterior, draws={site: posterior[site] for site in chosen})
     table = chain_table(part) if part.kind == "mcmc" else draws_table(part)
     return Summary(table, tuple(problems(part, table)), tuple(notes(part)), _heading(part))

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from probgen.core import InputError
+from probgen.core import Fraction, InputError, NonNegativeInt, check_arguments
 from probgen.diagnostics.calibration import SimulatedPosteriors, pit, verdict_text
 from probgen.diagnostics.calibration import example as simulated
 from probgen.diagnostics.plots import PALETTE, File, new_figure
@@ -92,7 +92,11 @@ class TARP:
 
 
 def tarp(
-    posteriors: SimulatedPosteriors, references: Tensor | None = None, *, alpha: float = 0.01, seed: int = 0
+    posteriors: SimulatedPosteriors,
+    references: Tensor | None = None,
+    *,
+    alpha: Fraction = 0.01,
+    seed: NonNegativeInt = 0,
 ) -> TARP:
     """Test that f = #{l : |z_l - r| < |z - r|} / L is uniform, r a random point: tests of accuracy with random points.
 
@@ -113,6 +117,7 @@ def tarp(
     >>> tarp(simulated()).ok, tarp(example()).ok
     (True, False)
     """
+    check_arguments(tarp, locals())
     truth, draws = posteriors.vectors()
     low, spread = truth.min(0), truth.std(0)
     if references is None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from probgen.core import (
     Cost,
+    Count,
     Diffusion,
     Engine,
     Guarantee,
@@ -22,7 +23,6 @@ from probgen.core import (
     PosteriorKind,
     ProbgenError,
     Target,
-    check_count,
     describe,
     given,
 )
@@ -64,16 +64,14 @@ class FlowEngine(Engine):
     torch.Size([1, 3, 2])
     """
 
-    batch_size: int | None = None
+    batch_size: Count | None = None
     compile: bool = False
     needs: ClassVar[tuple[type, ...]] = (Diffusion,)
     kind: ClassVar[PosteriorKind] = "iid"
     guarantee: ClassVar[Guarantee] = "discretised"
+    shares = "draws"
+    numbered = True
     field: ClassVar[type[Field]] = AffineDenoiser
-
-    def __post_init__(self) -> None:
-        if self.batch_size is not None:
-            check_count("batch_size", self.batch_size)
 
     def draw(self, field: Any, noise: Noise) -> Tensor:
         """One batch of draws `(noise.num_rows, *event)`; all randomness comes from `noise`."""
@@ -93,10 +91,11 @@ class FlowEngine(Engine):
         init: Posterior | None = None,
         state: Any = None,
         progress: bool = True,
+        first: int = 0,
     ) -> Posterior:
         """Draw from the program; see `Engine.run`."""
         started = time.perf_counter()
-        batches = list(_batches(target, seed, num_chains, num_draws, self.batch_size))
+        batches = list(_batches(target, seed, num_chains, range(first, first + num_draws), self.batch_size))
         bar = ticker(describe(self), self.num_calls() * len(batches), progress)
         layout = channels_last(target.program) if self.compile else contextlib.nullcontext()
         with torch.no_grad(), layout, bar as update:
@@ -170,15 +169,16 @@ class FlowEngine(Engine):
 
 
 def _batches(
-    target: Target, seed: int, num_chains: int, num_draws: int, batch_size: int | None
+    target: Target, seed: int, num_chains: int, draws: range, batch_size: int | None
 ) -> Iterator[tuple[Noise, Tensor | None]]:
     """Noise in the program's dtype and on its device, and the condition repeated for each draw."""
     like = floating_weight(target.program)
     condition = target.batch.condition
     rows = 1 if condition is None else len(condition)
     shape = tuple(target.program.event_shape)
-    for first in range(0, num_draws, batch_size or num_draws):
-        count = min(batch_size or num_draws, num_draws - first)
+    size = batch_size or len(draws)
+    for first in draws[::size]:
+        count = min(size, draws.stop - first)
         repeated = None
         if condition is not None:
             repeated = condition.repeat(num_chains * count, *[1] * (condition.ndim - 1))

@@ -13,12 +13,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from probgen.core import Diffusion, Flow, InputError, Predicting, Support, check_count, process_support
+from probgen.core import (
+    Diffusion,
+    Flow,
+    InputError,
+    Predicting,
+    Support,
+    UnsupportedError,
+    Within,
+    check,
+    process_support,
+    shown,
+)
 from probgen.processes import (
     Process,
     Schedule,
@@ -34,6 +45,7 @@ Coefficients = Callable[[Tensor], tuple[Tensor, Tensor]]
 _NODES_PER_STEP = 12  # every stage of the fixed-step methods falls on a twelfth of a step
 _SIXTHS = (0.0, 1 / 6, 1 / 3, 0.5, 2 / 3, 5 / 6)
 MAX_STEPS = 1_000_000
+Steps = Annotated[int, Within(1, MAX_STEPS, why="their tables would not fit memory")]
 _LEAST_CHECKED, _MOST_CHECKED, _SLACK = 16, 10_000, 1e-9  # steps of a grid looked at; rounding at its ends
 
 
@@ -153,7 +165,12 @@ class Velocity:
 
     @staticmethod
     def of(program: Flow | Diffusion) -> Velocity:
-        """A flow's own velocity, or the probability flow of a diffusion."""
+        """A flow's own velocity, or the probability flow of a diffusion; `UnsupportedError` for other programs."""
+        support = Velocity.supports(program)
+        if not support:
+            raise UnsupportedError(
+                f"The program must be a diffusion or a flow, got {shown(program)}: {support.reason}."
+            )
         if isinstance(program, Flow):
             t_min, t_max = program.span()
             return Velocity(
@@ -252,7 +269,7 @@ class ClockedField:
         schedule: Schedule,
         num_steps: int,
     ) -> None:
-        check_steps("steps", num_steps)
+        check("steps", num_steps, Steps)
         self.output, self.drift_at, self.schedule, self.num_steps = output, drift, schedule, num_steps
         self._table: dict[int, Row] = {}
         self._tabulated: Any = None
@@ -374,12 +391,3 @@ def times(coefficient: Any, x: Tensor) -> Tensor:
     if isinstance(coefficient, Tensor):
         return x * coefficient.to(x).reshape(x.shape[1:])
     return x * coefficient
-
-
-def check_steps(name: str, value: int) -> None:
-    """Raise `InputError` unless `value` is a number of steps whose tables fit memory."""
-    check_count(name, value)
-    if value > MAX_STEPS:
-        raise InputError(
-            f"{name} must lie in 1..{MAX_STEPS:,}, got {value:,}: its tables would not fit memory."
-        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from probgen.bounds import log_weights
 from probgen.core import (
     Cost,
+    Count,
     Estimate,
     Estimator,
     Guided,
@@ -19,7 +20,7 @@ from probgen.core import (
     Support,
     Target,
     Terms,
-    check_count,
+    Within,
     given,
 )
 
@@ -41,16 +42,12 @@ class ELBOEstimate(Estimator):
     4
     """
 
-    num_particles: int = 8
-    batch_size: int = 512
+    num_particles: Annotated[int, Within(2)] = 8
+    batch_size: Count = 512
     needs = (Guided,)
     paper: ClassVar[str] = "Ho et al. 2020, arXiv 2006.11239"
     offers: ClassVar[str] = "a lower bound for any model/guide pair, and where it is lost"
     gives_up: ClassVar[str] = "the gap KL(q || p(z | x))"
-
-    def __post_init__(self) -> None:
-        check_count("num_particles", self.num_particles, 2)
-        check_count("batch_size", self.batch_size)
 
     def supports(self, program: object) -> Support:
         """Whether the program has a guide."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
 from probgen.arviz_io import pareto_khat
 from probgen.bounds import log_weights
-from probgen.core import Cost, Estimate, Estimator, Guided, Support, Target, check_count
+from probgen.core import Cost, Count, Estimate, Estimator, Guided, Support, Target, Within
 from probgen.evidence.elbo import event_size, needs_guide, vectorises
 
 GOOD_KHAT = 0.7
@@ -36,18 +36,14 @@ class ImportanceWeighted(Estimator):
     1000
     """
 
-    num_samples: int = 1000
-    batch_size: int = 100
+    num_samples: Annotated[int, Within(25)] = 1000
+    batch_size: Count = 100
     needs = (Guided,)
     paper: ClassVar[str] = "Burda et al. 2015, arXiv 1509.00519"
     offers: ClassVar[str] = (
         "log p(x) itself where the guide covers the posterior, and a warning where it does not"
     )
     gives_up: ClassVar[str] = "many decoder calls; fails for far-off guides and long chains"
-
-    def __post_init__(self) -> None:
-        check_count("num_samples", self.num_samples, 25)
-        check_count("batch_size", self.batch_size)
 
     def supports(self, program: object) -> Support:
         """Whether the program has a guide."""

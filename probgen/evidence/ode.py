@@ -6,23 +6,24 @@ import math
 import time
 import warnings
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from probgen.core import (
     Cost,
+    Count,
     Estimate,
     Estimator,
     InputError,
     NonFiniteWarning,
+    Positive,
     ProbgenError,
     Support,
     Target,
-    check_count,
+    Within,
     describe,
-    did_you_mean,
 )
 from probgen.dynamics import Velocity
 from probgen.dynamics.likelihood import Likelihood, LogDensity, Solved, field_of
@@ -32,7 +33,6 @@ from probgen.evidence.elbo import event_size
 from probgen.randomness import Noise
 
 Trace = Literal["exact", "hutchinson"]
-TRACES: tuple[Trace, ...] = get_args(Trace)
 _COPIES = 3  # of what a row keeps in one direction: the value of a layer and its input in all directions live at once
 
 
@@ -69,12 +69,12 @@ class ODELikelihood(Estimator):
     """
 
     trace: Trace = "exact"
-    num_probes: int = 8
-    rtol: float = 1e-5
-    atol: float = 1e-5
-    t_min: float | None = None
+    num_probes: Annotated[int, Within(2)] = 8
+    rtol: Positive = 1e-5
+    atol: Positive = 1e-5
+    t_min: Annotated[float, Within(0, 1, "[)")] | None = None
     terminal: LogDensity | None = None
-    memory: int = 2**30
+    memory: Count = 2**30
     compile: bool = False
     needs = ()
     paper: ClassVar[str] = "Song et al. 2021, arXiv 2011.13456"
@@ -84,10 +84,7 @@ class ODELikelihood(Estimator):
     gives_up: ClassVar[str] = "hundreds of network calls; the exact trace costs d times as much"
 
     def __post_init__(self) -> None:
-        if self.trace not in TRACES:
-            raise InputError(f"Unknown trace {self.trace!r}; {did_you_mean(str(self.trace), TRACES)}")
-        check_count("num_probes", self.num_probes, 2)
-        check_count("memory", self.memory)
+        super().__post_init__()
         check_tolerances(self.rtol, self.atol)
 
     def supports(self, program: object) -> Support:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from probgen.core import Engine, Estimate, Estimator, InputError, Support, Target, check_count, describe
+from probgen.core import Engine, Estimate, Estimator, InputError, Support, Target, Within
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,12 @@ class SMCEvidence(Estimator):
     """
 
     engine: Engine
-    num_runs: int = 16
+    num_runs: Annotated[int, Within(2)] = 16
     paper: ClassVar[str] = "Del Moral 2004; Wu et al. 2023, arXiv 2306.17775"
     offers: ClassVar[str] = (
         "log p(y) of what was seen of a fitted prior's draw, any likelihood, with its error"
     )
     gives_up: ClassVar[str] = "as many runs of an engine; bias of its steps"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.engine, Engine):
-            raise InputError(f"engine must be an engine such as TwistedSMC(), got {describe(self.engine)}.")
-        check_count("num_runs", self.num_runs, 2)
 
     def supports(self, program: Any) -> Support:
         """Whether the engine serves the program."""

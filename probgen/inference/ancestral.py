@@ -12,20 +12,10 @@ from pyro import poutine
 from torch import Tensor
 
 from probgen.bounds import sample_sites
-from probgen.core import (
-    Batch,
-    Chained,
-    Cost,
-    Engine,
-    InputError,
-    Posterior,
-    ReverseChain,
-    Target,
-    check_count,
-)
+from probgen.core import Batch, Chained, Cost, Count, Engine, InputError, Posterior, ReverseChain, Target
 from probgen.dynamics import FlowEngine, chains
 from probgen.dynamics.fields import GaussianInitial, Output
-from probgen.randomness import Noise, forked_rng
+from probgen.randomness import Noise, forked_rng, time_key
 from probgen.targets import dims
 
 
@@ -47,16 +37,14 @@ class Ancestral(Engine):
     torch.Size([1, 5])
     """
 
-    batch_size: int | None = None
+    batch_size: Count | None = None
     kind = "iid"
     guarantee = "exact"
+    shares = "draws"
+    numbered = True
     paper: ClassVar[str] = "Ho et al. 2020, arXiv 2006.11239"
     offers: ClassVar[str] = "independent draws from exactly the program's law"
     gives_up: ClassVar[str] = "conditioning; one network call a step of a chain"
-
-    def __post_init__(self) -> None:
-        if self.batch_size is not None:
-            check_count("batch_size", self.batch_size)
 
     def run(
         self,
@@ -68,19 +56,22 @@ class Ancestral(Engine):
         init: Posterior | None = None,
         state: Any = None,
         progress: bool = True,
+        first: int = 0,
     ) -> Posterior:
         """Draw from the program; see `Engine.run`."""
         if isinstance(target.program, Chained):
             steps = len(target.program.reverse_chain().times)
             drawn = _Chain(steps, batch_size=self.batch_size).run(
-                target, num_draws=num_draws, num_chains=num_chains, seed=seed, progress=progress
+                target, num_draws=num_draws, num_chains=num_chains, seed=seed, progress=progress, first=first
             )
             return replace(drawn, guarantee=self.guarantee, engine=str(self))
         started = time.perf_counter()
         with torch.no_grad():
-            draws = _simulate(target, num_draws, num_chains, seed)
+            draws = _simulate(target, range(first, first + num_draws), num_chains, seed)
         cost = Cost(seconds=time.perf_counter() - started)
-        return Posterior(draws, self.kind, self.guarantee, str(self), cost, dims=dims(target), target=target)
+        # The plate of a single row is no dimension of its draws.
+        names = {site: named[len(named) - draws[site].ndim + 2 :] for site, named in dims(target).items()}
+        return Posterior(draws, self.kind, self.guarantee, str(self), cost, dims=names, target=target)
 
 
 @dataclass(frozen=True)
@@ -117,10 +108,14 @@ def run_chain(chain: ReverseChain, output: Output, noise: Noise) -> Tensor:
     return chains.run_chain(chain, output, GaussianInitial(chain.start_scale).draw(noise), noise)
 
 
-def _simulate(target: Target, num_draws: int, num_chains: int, seed: int) -> dict[str, Tensor]:
+def _simulate(target: Target, draws: range, num_chains: int, seed: int) -> dict[str, Tensor]:
     if target.per_row and all("data" in site.plates for site in target.sites.values()):
-        return _side_by_side(target, num_draws, num_chains)
-    runs = [_values(target.model, target.args, seed + i) for i in range(num_draws * num_chains)]
+        return _side_by_side(target, len(draws), num_chains)
+    runs = [
+        _values(target.model, target.args, start + draw)
+        for start in (seed, *(time_key(float(seed), float(chain)) for chain in range(1, num_chains)))
+        for draw in draws
+    ]
     return {name: _unflatten(torch.stack([run[name] for run in runs]), num_chains) for name in runs[0]}
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from probgen.core import Diffusion, InputError, Levelled, check_count
+from probgen.core import Count, Diffusion, Levelled, Within, check
 from probgen.dynamics import AffineDenoiser, FlowEngine, GaussianInitial
 from probgen.dynamics.chains import Moves, chain_of, langevin_moves, run_chain
-from probgen.dynamics.fields import Output, check_steps
+from probgen.dynamics.fields import Output, Steps
 from probgen.processes import Process
 from probgen.randomness import Noise
 
@@ -62,9 +62,9 @@ class AnnealedLangevin(FlowEngine):
     'AnnealedLangevin(steps_per_level=3)'
     """
 
-    num_levels: int = 200
-    steps_per_level: int = 5
-    eps: float = 0.5
+    num_levels: Annotated[int, Within(2)] = 200
+    steps_per_level: Count = 5
+    eps: Annotated[float, Within(0, 4, "()", "Langevin steps diverge from 4 on")] = 0.5
     denoise: bool = True
     field = _LevelledField
     paper: ClassVar[str] = "Song & Ermon 2019, arXiv 1907.05600"
@@ -73,11 +73,7 @@ class AnnealedLangevin(FlowEngine):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("num_levels", self.num_levels, 2)
-        check_count("steps_per_level", self.steps_per_level)
-        check_steps("num_levels * steps_per_level", self.num_levels * self.steps_per_level)
-        if not 0 < self.eps < 4:
-            raise InputError(f"eps must lie in (0, 4): Langevin steps diverge from 4 on; got {self.eps!r}.")
+        check("num_levels * steps_per_level", self.num_levels * self.steps_per_level, Steps)
 
     def draw(self, field: _LevelledField, noise: Noise) -> Tensor:
         """One batch; see `FlowEngine.draw`."""

@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from probgen.core import check_count
+from probgen.core import Count, Fraction, Positive
 from probgen.kernels import (
     MAX_ENERGY_ERROR,
     Adapter,
@@ -225,11 +225,11 @@ class ChEES(AdaptiveEngine):
     64
     """
 
-    num_warmup: int = 500
-    step_size: float | None = None
-    target_accept: float = 0.9
+    num_warmup: Count = 500
+    step_size: Positive | None = None
+    target_accept: Fraction = 0.9
     metric: MetricKind = "diagonal"
-    max_steps: int = 1000
+    max_steps: Count = 1000
     space: Space = "data"
     guarantee = "asymptotic"
     default_chains = 64
@@ -239,11 +239,6 @@ class ChEES(AdaptiveEngine):
     gives_up: ClassVar[str] = (
         "chains that adapt together; one length for the whole posterior; separated modes"
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_count("num_warmup", self.num_warmup)
-        check_count("max_steps", self.max_steps)
 
     def kernel(self) -> ChEESKernel:
         """The transition."""

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from probgen.core import InputError, Target, check_count, describe
-from probgen.kernels import Evaluate, Point, Stats, SteppingEngine, Tuning, check_step_size
+from probgen.core import Count, InputError, NonNegativeInt, Positive, Target, describe
+from probgen.kernels import Evaluate, Point, Stats, SteppingEngine, Tuning
 from probgen.targets import Density
 from probgen.targets.minibatch import minibatch_density
 
@@ -65,9 +65,9 @@ class ConstantSGD(SteppingEngine):
     'approximate'
     """
 
-    step_size: float = 0.001
-    batch_size: int | None = None
-    num_warmup: int = 500
+    step_size: Positive = 0.001
+    batch_size: Count | None = None
+    num_warmup: NonNegativeInt = 500
     guarantee = "approximate"
     data_sets = False
     independent: ClassVar[bool] = True
@@ -77,12 +77,6 @@ class ConstantSGD(SteppingEngine):
     gives_up: ClassVar[str] = (
         "the posterior's covariance: the spread is that of minibatches, whatever the data say"
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_step_size("step_size", self.step_size)
-        if self.batch_size is not None:
-            check_count("batch_size", self.batch_size)
 
     def density(self, target: Target) -> Density:
         """The density as minibatches estimate it; `InputError` where there are none."""

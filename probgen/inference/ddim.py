@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
-from probgen.core import InputError, check_count
+from probgen.core import Within
 from probgen.dynamics import AffineDenoiser, FlowEngine, GaussianInitial
+from probgen.dynamics.fields import Steps
 from probgen.dynamics.multistep import Weights, call_times, last_weights, network_steps, take_steps
 from probgen.processes import Grid, Process, as_grid
 from probgen.randomness import Noise
@@ -34,8 +35,8 @@ class DDIM(FlowEngine):
     'DDIM(steps=20, eta=1.0)'
     """
 
-    steps: int = 50
-    eta: float = 0.0
+    steps: Steps = 50
+    eta: Annotated[float, Within(0, 1, why="0 is deterministic, 1 ancestral")] = 0.0
     grid: Grid | str = "uniform"
     paper: ClassVar[str] = "Song et al. 2020, arXiv 2010.02502"
     offers: ClassVar[str] = "few network calls; any mixture of a smooth map and fresh noise"
@@ -43,10 +44,7 @@ class DDIM(FlowEngine):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("steps", self.steps)
         as_grid(self.grid)
-        if not 0 <= self.eta <= 1:
-            raise InputError(f"eta must lie in [0, 1] (0 deterministic, 1 ancestral), got {self.eta!r}.")
 
     def num_calls(self) -> int:
         """One a step."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from probgen.core import InputError, check_count
+from probgen.core import NonNegative
 from probgen.dynamics import AffineDenoiser, FlowEngine, GaussianInitial
+from probgen.dynamics.fields import Steps
 from probgen.dynamics.multistep import (
     Step,
     Weights,
@@ -21,8 +22,6 @@ from probgen.dynamics.multistep import (
 )
 from probgen.processes import Grid, Process, as_grid
 from probgen.randomness import Noise
-
-ORDERS = (1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,11 @@ class DPMSolver(FlowEngine):
     'DPMSolver(steps=10, order=2)'
     """
 
-    steps: int = 20
-    order: int = 3
-    stochasticity: float = 0.0
+    steps: Steps = 20
+    order: Literal[1, 2, 3] = 3
+    stochasticity: NonNegative = 0.0
     grid: Grid | str = "logsnr"
-    exponent: float = 1 / 3
+    exponent: NonNegative = 1 / 3
     corrector: bool = True
     paper: ClassVar[str] = "Lu et al. 2022, arXiv 2211.01095"
     offers: ClassVar[str] = "the fewest network calls; any member of the reverse family"
@@ -71,13 +70,7 @@ class DPMSolver(FlowEngine):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("steps", self.steps)
-        if isinstance(self.order, bool) or self.order not in ORDERS:
-            raise InputError(f"DPMSolver is of order 1, 2 or 3, got order={self.order!r}.")
         as_grid(self.grid)
-        for name in ("stochasticity", "exponent"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(f"{name} must be a number >= 0, got {getattr(self, name)!r}.")
 
     def num_calls(self) -> int:
         """One a step."""

@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from probgen.core import InputError
+from probgen.core import InputError, NonNegative
 from probgen.dynamics import AffineDenoiser, FlowEngine, GaussianInitial, family_field, solve_sde
-from probgen.dynamics.fields import check_steps
-from probgen.dynamics.torch_sde import CALLS_PER_STEP, check_sde_method
+from probgen.dynamics.fields import Steps
+from probgen.dynamics.torch_sde import CALLS_PER_STEP, SDEMethod
 from probgen.processes import Grid, Process, as_grid
 from probgen.randomness import BrownianSteps, Noise
 
@@ -44,9 +44,9 @@ class FlowSDE(FlowEngine):
     'FlowSDE(diffusion=0.5)'
     """
 
-    steps: int = 100
-    diffusion: Diffusing | float | None = None
-    method: str = "heun"
+    steps: Steps = 100
+    diffusion: Diffusing | NonNegative | None = None
+    method: SDEMethod = "heun"
     grid: Grid | str = "quadratic"
     paper: ClassVar[str] = "Ma et al. 2024, arXiv 2401.08740"
     offers: ClassVar[str] = (
@@ -56,11 +56,7 @@ class FlowSDE(FlowEngine):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_steps("steps", self.steps)
-        check_sde_method(self.method)
         as_grid(self.grid)
-        if isinstance(self.diffusion, int | float) and not self.diffusion >= 0:
-            raise InputError(f"diffusion must be >= 0, got {self.diffusion!r}.")
 
     def num_calls(self) -> int:
         """One or two calls a step and one to finish."""

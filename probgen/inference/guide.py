@@ -26,6 +26,7 @@ class Guide(Engine):
 
     needs = (Guided,)
     kind = "approximate"
+    shares = "draws"
     guarantee = "approximate"
     conditions = True
     paper: ClassVar[str] = "Kingma & Welling 2013, arXiv 1312.6114"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from probgen.dynamics.fields import Steps
 from probgen.priors.engine import GuidedEngine
 
 
@@ -25,7 +26,7 @@ class GuidedODE(GuidedEngine):
     'approximate'
     """
 
-    steps: int = 100
+    steps: Steps = 100
     stochasticity: ClassVar[float] = 0.0
     paper: ClassVar[str] = "Song et al. 2021, arXiv 2011.13456"
     offers: ClassVar[str] = "fewer steps than GuidedSDE; draws are smooth in their noise"

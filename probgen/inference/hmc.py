@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from probgen.core import InputError, check_count
+from probgen.core import Count, Fraction, NonNegativeInt, Positive, Within
 from probgen.kernels import (
     MAX_ENERGY_ERROR,
     AdaptiveEngine,
@@ -103,23 +103,17 @@ class HMC(AdaptiveEngine):
     0.9
     """
 
-    num_steps: int = 16
-    step_size: float | None = None
-    num_warmup: int = 500
-    target_accept: float = 0.9
+    num_steps: Count = 16
+    step_size: Positive | None = None
+    num_warmup: NonNegativeInt = 500
+    target_accept: Fraction = 0.9
     metric: MetricKind = "diagonal"
-    jitter: float = 0.5
+    jitter: Annotated[float, Within(0, 1, "[)")] = 0.5
     space: Space = "data"
     guarantee = "asymptotic"
     paper: ClassVar[str] = "Neal 2011, arXiv 1206.1901"
     offers: ClassVar[str] = "many chains at once at the same cost each, of any continuous program or energy"
     gives_up: ClassVar[str] = "the number of steps is set by hand; separated modes"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_count("num_steps", self.num_steps)
-        if not 0 <= self.jitter < 1:
-            raise InputError(f"jitter must lie in [0, 1), got {self.jitter!r}.")
 
     def kernel(self) -> HMCKernel:
         """The transition."""

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from probgen.core import Fraction, NonNegativeInt, Positive
 from probgen.kernels import (
     AdaptiveEngine,
     Evaluate,
@@ -85,9 +86,9 @@ class MALA(AdaptiveEngine):
     'asymptotic'
     """
 
-    step_size: float | None = None
-    num_warmup: int = 500
-    target_accept: float = 0.574
+    step_size: Positive | None = None
+    num_warmup: NonNegativeInt = 500
+    target_accept: Fraction = 0.574
     metric: MetricKind = "diagonal"
     space: Space = "data"
     step_adapter: ClassVar[type[StepSize]] = LangevinStepSize

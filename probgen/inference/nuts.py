@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from probgen.core import check_count
+from probgen.core import Count, Fraction, NonNegativeInt, Positive
 from probgen.kernels import AdaptiveEngine, MetricKind
 from probgen.kernels.no_u_turn import NUTSKernel
 from probgen.priors.noise_space import Space
@@ -39,20 +39,16 @@ class NUTS(AdaptiveEngine):
     0.9
     """
 
-    num_warmup: int = 500
-    step_size: float | None = None
-    target_accept: float = 0.9
-    max_tree_depth: int = 10
+    num_warmup: NonNegativeInt = 500
+    step_size: Positive | None = None
+    target_accept: Fraction = 0.9
+    max_tree_depth: Count = 10
     metric: MetricKind = "diagonal"
     space: Space = "data"
     guarantee = "asymptotic"
     paper: ClassVar[str] = "Hoffman & Gelman 2014, arXiv 1111.4246"
     offers: ClassVar[str] = "the posterior itself, of any continuous program or energy, with nothing to set"
     gives_up: ClassVar[str] = "many gradients a draw; separated modes"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_count("max_tree_depth", self.max_tree_depth)
 
     def kernel(self) -> NUTSKernel:
         """The transition."""

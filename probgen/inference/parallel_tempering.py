@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from probgen.core import InputError, Target, check_count, describe
+from probgen.core import InputError, Target, Within, describe
 from probgen.inference.hmc import HMC
 from probgen.kernels import (
     Adapter,
@@ -253,8 +253,8 @@ class ParallelTempering(MarkovEngine):
     """
 
     moves: MarkovEngine = field(default_factory=lambda: HMC(num_steps=8))
-    num_temperatures: int = 10
-    max_temperature: float = 50.0
+    num_temperatures: Annotated[int, Within(2)] = 10
+    max_temperature: Annotated[float, Within(1, ends="(]")] = 50.0
     guarantee = "asymptotic"
     paper: ClassVar[str] = "Syed, Bouchard-Cote, Deligiannidis & Doucet 2022, arXiv 1905.02939"
     offers: ClassVar[str] = "modes far apart, in their right proportions"
@@ -264,10 +264,7 @@ class ParallelTempering(MarkovEngine):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("num_temperatures", self.num_temperatures, 2)
-        if not 1 < self.max_temperature < float("inf"):
-            raise InputError(f"max_temperature must be > 1 and finite, got {self.max_temperature!r}.")
-        if not isinstance(self.moves, MarkovEngine) or self.moves.guarantee != "asymptotic":
+        if self.moves.guarantee != "asymptotic":
             raise InputError(
                 f"moves must be an engine of Markov chains with an accept step, got {self.moves}: swaps keep the joint "
                 "law of chains that keep their own. Take moves=HMC(...), MALA(...) or NUTS(...)."

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from probgen.core import InputError, check_count, did_you_mean
+from probgen.core import NonNegativeInt, Within
 from probgen.dynamics import AffineDenoiser, FlowEngine, GaussianInitial
 from probgen.dynamics.chains import (
     ancestral_moves,
@@ -18,12 +18,11 @@ from probgen.dynamics.chains import (
     reverse_diffusion_moves,
     run_chain,
 )
-from probgen.dynamics.fields import check_steps
+from probgen.dynamics.fields import Steps
 from probgen.processes import Grid, as_grid
 from probgen.randomness import Noise
 
 Predictor = Literal["ancestral", "reverse_diffusion"]
-PREDICTORS: tuple[Predictor, ...] = get_args(Predictor)
 _MOVES = {"ancestral": ancestral_moves, "reverse_diffusion": reverse_diffusion_moves}
 
 
@@ -54,10 +53,10 @@ class PredictorCorrector(FlowEngine):
     'PredictorCorrector(steps=100, corrector_steps=2)'
     """
 
-    steps: int = 250
-    corrector_steps: int = 1
-    snr: float = 0.16
-    predictor: str = "reverse_diffusion"
+    steps: Steps = 250
+    corrector_steps: NonNegativeInt = 1
+    snr: Annotated[float, Within(0, 1, "()", "Langevin steps diverge from 1 on")] = 0.16
+    predictor: Predictor = "reverse_diffusion"
     grid: Grid | str = "quadratic"
     paper: ClassVar[str] = "Song et al. 2021, arXiv 2011.13456"
     offers: ClassVar[str] = "errors of a step are mended by Langevin steps before the next"
@@ -65,15 +64,7 @@ class PredictorCorrector(FlowEngine):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_steps("steps", self.steps)
-        check_count("corrector_steps", self.corrector_steps, 0)
         as_grid(self.grid)
-        if not 0 < self.snr < 1:
-            raise InputError(f"snr must lie in (0, 1): Langevin steps diverge from 1 on; got {self.snr!r}.")
-        if self.predictor not in PREDICTORS:
-            raise InputError(
-                f"Unknown predictor {self.predictor!r}; {did_you_mean(self.predictor, PREDICTORS)}"
-            )
 
     def num_calls(self) -> int:
         """A call for each predictor and corrector step and one to finish."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from probgen.core import (
     InputError,
+    Positive,
     Support,
     UnsupportedError,
     check_count,
@@ -35,6 +36,7 @@ from probgen.dynamics import (
     reversed_schedule,
     solve_ode,
 )
+from probgen.dynamics.fields import Steps
 from probgen.processes import Grid, as_grid
 from probgen.randomness import Noise
 from probgen.targets import frozen
@@ -73,11 +75,11 @@ class ProbabilityFlowODE(FlowEngine):
     'heun'
     """
 
-    steps: int = 25
+    steps: Steps = 25
     method: str = "rk4"
     grid: Grid | str = "quadratic"
-    rtol: float = 1e-5
-    atol: float = 1e-5
+    rtol: Positive = 1e-5
+    atol: Positive = 1e-5
     needs = ()
     field = Velocity
     paper: ClassVar[str] = "Song et al. 2021, arXiv 2011.13456"
@@ -86,7 +88,6 @@ class ProbabilityFlowODE(FlowEngine):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("steps", self.steps)
         as_grid(self.grid)
         check_tolerances(self.rtol, self.atol)
         _check_method(self.method)

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from probgen.core import InputError
+from probgen.core import NonNegative
 from probgen.dynamics import AffineDenoiser, FlowEngine, GaussianInitial, family_field, solve_sde
-from probgen.dynamics.fields import check_steps
-from probgen.dynamics.torch_sde import CALLS_PER_STEP, check_sde_method
+from probgen.dynamics.fields import Steps
+from probgen.dynamics.torch_sde import CALLS_PER_STEP, SDEMethod
 from probgen.processes import Grid, as_grid
 from probgen.randomness import BrownianSteps, Noise
 
@@ -35,21 +35,17 @@ class ReverseSDE(FlowEngine):
     'ReverseSDE(steps=200)'
     """
 
-    steps: int = 500
+    steps: Steps = 500
     grid: Grid | str = "uniform"
-    method: str = "euler"
-    stochasticity: float = 1.0
+    method: SDEMethod = "euler"
+    stochasticity: NonNegative = 1.0
     paper: ClassVar[str] = "Song et al. 2021, arXiv 2011.13456"
     offers: ClassVar[str] = "any number of steps from one fitted network; forgives errors of the score"
     gives_up: ClassVar[str] = "exactness at finite steps; the density"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_steps("steps", self.steps)
-        check_sde_method(self.method)
         as_grid(self.grid)
-        if not self.stochasticity >= 0:
-            raise InputError(f"stochasticity must be >= 0, got {self.stochasticity!r}.")
 
     def num_calls(self) -> int:
         """One or two calls a step and one to finish."""

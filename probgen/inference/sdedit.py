@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from probgen.core import Guarantee, InputError, PosteriorKind, check_finite
+from probgen.core import Guarantee, InputError, PosteriorKind, Within, check_finite
 from probgen.dynamics import AffineDenoiser, FlowEngine, family_field, solve_sde
-from probgen.dynamics.fields import check_steps
+from probgen.dynamics.fields import Steps
 from probgen.processes import Grid, as_grid
 from probgen.randomness import BrownianSteps, Noise
 
@@ -42,8 +42,8 @@ class SDEdit(FlowEngine):
     """
 
     guide: Tensor
-    start: float = 0.5
-    steps: int = 250
+    start: Annotated[float, Within(0, 1, "(]")] = 0.5
+    steps: Steps = 250
     grid: Grid | str = "uniform"
     guarantee: ClassVar[Guarantee] = "approximate"
     kind: ClassVar[PosteriorKind] = "approximate"
@@ -53,11 +53,8 @@ class SDEdit(FlowEngine):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_steps("steps", self.steps)
         as_grid(self.grid)
         check_finite("guide", self.guide)
-        if not 0 < self.start <= 1:
-            raise InputError(f"start must lie in (0, 1], got {self.start!r}.")
 
     def __str__(self) -> str:
         return f"SDEdit(start={self.start}, steps={self.steps})"

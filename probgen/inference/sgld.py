@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from probgen.core import InputError, Target, check_count
-from probgen.kernels import Evaluate, Stats, SteppingEngine, Tuning, check_step_size
+from probgen.core import Count, NonNegativeInt, Positive, Target, Within
+from probgen.kernels import Evaluate, Stats, SteppingEngine, Tuning
 from probgen.targets import Density
 from probgen.targets.minibatch import minibatch_density
 
@@ -32,8 +32,8 @@ class SGLDKernel:
         offset: b.
     """
 
-    decay: float
-    offset: float
+    decay: Annotated[float, Within(0, 1, why="faster, steps have a finite sum and chains stop short")]
+    offset: Positive
     static: ClassVar[bool] = True
 
     def normals(self, dim: int) -> int:
@@ -91,11 +91,11 @@ class SGLD(SteppingEngine):
     'discretised'
     """
 
-    step_size: float = 0.001
-    batch_size: int | None = None
-    decay: float = 0.0
-    offset: float = 100.0
-    num_warmup: int = 500
+    step_size: Positive = 0.001
+    batch_size: Count | None = None
+    decay: Annotated[float, Within(0, 1, why="faster, steps have a finite sum and chains stop short")] = 0.0
+    offset: Positive = 100.0
+    num_warmup: NonNegativeInt = 500
     guarantee = "discretised"
     data_sets = False
     independent: ClassVar[bool] = True
@@ -103,18 +103,6 @@ class SGLD(SteppingEngine):
     paper: ClassVar[str] = "Welling & Teh 2011, ICML"
     offers: ClassVar[str] = "gradients from a few rows: a transition costs the same for any amount of data"
     gives_up: ClassVar[str] = "a law off by O(step size) and by the noise of minibatches; separated modes"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_step_size("step_size", self.step_size)
-        check_step_size("offset", self.offset)
-        if self.batch_size is not None:
-            check_count("batch_size", self.batch_size)
-        if not 0 <= self.decay <= 1:
-            raise InputError(
-                f"decay must lie in [0, 1], got {self.decay!r}: with faster decay chains stop short, as their steps "
-                "have a finite sum."
-            )
 
     def density(self, target: Target) -> Density:
         """The density as minibatches estimate it."""

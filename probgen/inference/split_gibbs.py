@@ -13,12 +13,15 @@ from torch import Tensor
 
 from probgen.core import (
     Cost,
+    Count,
     Engine,
+    Fraction,
     InputError,
     NonFiniteWarning,
+    NonNegativeInt,
+    Positive,
     Posterior,
     Target,
-    check_count,
     describe,
 )
 from probgen.kernels import (
@@ -29,7 +32,6 @@ from probgen.kernels import (
     StepSize,
     Tuning,
     accept,
-    check_step_size,
     find_step_size,
     kinetic_energy,
     leapfrog,
@@ -105,13 +107,13 @@ class SplitGibbs(Engine):
     'SplitGibbs(num_steps=40)'
     """
 
-    rho: float | None = None
-    num_steps: int = 20
-    num_warmup: int = 100
-    target_accept: float = 0.6
-    trajectory: int = 5
-    num_temperatures: int = 1
-    thin: int = 1
+    rho: Positive | None = None
+    num_steps: Count = 20
+    num_warmup: NonNegativeInt = 100
+    target_accept: Fraction = 0.6
+    trajectory: Count = 5
+    num_temperatures: Count = 1
+    thin: Count = 1
     kind = "mcmc"
     guarantee = "discretised"
     conditions = True
@@ -122,17 +124,6 @@ class SplitGibbs(Engine):
         "draws of p(x | y) by an unguided prior: any likelihood, other latents, no bias by guidance"
     )
     gives_up: ClassVar[str] = "many network calls a draw; modes that are far apart"
-
-    def __post_init__(self) -> None:
-        if self.rho is not None:
-            check_step_size("rho", self.rho)
-        check_count("num_steps", self.num_steps)
-        check_count("num_warmup", self.num_warmup, 0)
-        check_count("trajectory", self.trajectory)
-        check_count("num_temperatures", self.num_temperatures)
-        check_count("thin", self.thin)
-        if not 0 < self.target_accept < 1:
-            raise InputError(f"target_accept must lie in (0, 1), got {self.target_accept!r}.")
 
     def run(
         self,

@@ -14,7 +14,7 @@ from pyro.infer.autoguide import AutoGuide, AutoNormal
 from torch import Tensor, nn
 
 from probgen.bounds import NegativeELBO, sample_sites
-from probgen.core import Batch, Cost, Engine, InputError, Objective, Posterior, Target, check_count
+from probgen.core import Batch, Cost, Count, Engine, InputError, Objective, Posterior, Target
 from probgen.fitting import Optim, fit
 from probgen.randomness import forked_rng
 from probgen.targets import dims
@@ -39,9 +39,9 @@ class SVI(Engine):
     100
     """
 
-    guide: Any = AutoNormal
+    guide: Callable[..., Any] = AutoNormal
     objective: Objective | None = None
-    num_steps: int = 1000
+    num_steps: Count = 1000
     optim: Optim = field(default_factory=lambda: Optim(lr=0.02, schedule="cosine"))
     kind = "approximate"
     guarantee = "approximate"
@@ -49,9 +49,6 @@ class SVI(Engine):
     paper: ClassVar[str] = "Hoffman et al. 2013, arXiv 1206.7051"
     offers: ClassVar[str] = "an approximate posterior of any program, fast"
     gives_up: ClassVar[str] = "correctness: what the guide's family cannot express"
-
-    def __post_init__(self) -> None:
-        check_count("num_steps", self.num_steps)
 
     def run(
         self,

@@ -7,22 +7,25 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from probgen.core import (
     Cost,
+    Count,
     Engine,
     Estimate,
     InputError,
     Posterior,
+    Probability,
     Support,
     Target,
-    check_count,
+    Within,
     describe,
 )
+from probgen.dynamics.fields import Steps
 from probgen.priors.conditioned import Conditioned
 from probgen.priors.engine import around_a_prior
 from probgen.priors.guidance import Guidance, PiGDM
@@ -97,13 +100,14 @@ class TwistedSMC(Engine):
     (torch.Size([2, 500, 2]), True)
     """
 
-    particles: int = 256
-    steps: int = 100
+    particles: Annotated[int, Within(2)] = 256
+    steps: Steps = 100
     twist: Guidance = PiGDM()  # noqa: RUF009 - frozen
     grid: Grid | str = "logsnr"
-    ess_threshold: float = 0.5
-    batch_size: int | None = None
+    ess_threshold: Probability = 0.5
+    batch_size: Count | None = None
     kind = "weighted"
+    shares = None  # all runs are pooled into one evidence
     guarantee = "discretised"
     conditions: ClassVar[bool] = True
     data_sets: ClassVar[bool] = True
@@ -116,15 +120,8 @@ class TwistedSMC(Engine):
     gives_up: ClassVar[str] = "memory for the particles; weights collapse where the guidance is far off"
 
     def __post_init__(self) -> None:
-        check_count("particles", self.particles, 2)
-        check_count("steps", self.steps)
+        super().__post_init__()
         as_grid(self.grid)
-        if self.batch_size is not None:
-            check_count("batch_size", self.batch_size)
-        if not 0 <= self.ess_threshold <= 1:
-            raise InputError(f"ess_threshold must lie in [0, 1], got {self.ess_threshold!r}.")
-        if not isinstance(self.twist, Guidance):
-            raise InputError(f"twist must be a guidance such as PiGDM(), got {describe(self.twist)}.")
         if not self.twist.twist:
             raise InputError(
                 f"{self.twist} moves particles without saying how likely the observation is at x_t: there is nothing "

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from probgen.kernels import Evaluate, Point, Stats, SteppingEngine, Tuning, check_step_size
+from probgen.core import NonNegativeInt, Positive
+from probgen.kernels import Evaluate, Point, Stats, SteppingEngine, Tuning
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ class ULA(SteppingEngine):
     'discretised'
     """
 
-    step_size: float = 0.01
-    num_warmup: int = 500
+    step_size: Positive = 0.01
+    num_warmup: NonNegativeInt = 500
     guarantee = "discretised"
     independent: ClassVar[bool] = True
     needs_log_prob: ClassVar[bool] = False
@@ -68,10 +69,6 @@ class ULA(SteppingEngine):
         "one gradient a transition, from scores too; chains that know nothing of each other"
     )
     gives_up: ClassVar[str] = "a law off by O(step size), which is set by hand; separated modes"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_step_size("step_size", self.step_size)
 
     def kernel(self) -> ULAKernel:
         """The transition."""

@@ -8,7 +8,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from probgen.kernels import Evaluate, Stats, SteppingEngine, Tuning, check_step_size
+from probgen.core import NonNegativeInt, Positive
+from probgen.kernels import Evaluate, Stats, SteppingEngine, Tuning
 
 
 class MovingPoint(NamedTuple):
@@ -31,7 +32,7 @@ class BAOABKernel:
         friction: gamma.
     """
 
-    friction: float
+    friction: Positive
     static: ClassVar[bool] = True
 
     def normals(self, dim: int) -> int:
@@ -83,20 +84,15 @@ class UnderdampedLangevin(SteppingEngine):
     True
     """
 
-    step_size: float = 0.1
-    friction: float = 1.0
-    num_warmup: int = 500
+    step_size: Positive = 0.1
+    friction: Positive = 1.0
+    num_warmup: NonNegativeInt = 500
     guarantee = "discretised"
     independent: ClassVar[bool] = True
     needs_log_prob: ClassVar[bool] = False
     paper: ClassVar[str] = "Leimkuhler & Matthews 2013, arXiv 1203.5428"
     offers: ClassVar[str] = "one gradient a transition, from scores too, and momentum; exact on Gaussians"
     gives_up: ClassVar[str] = "a law off by O(step size squared), which is set by hand; separated modes"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_step_size("step_size", self.step_size)
-        check_step_size("friction", self.friction)
 
     def kernel(self) -> BAOABKernel:
         """The transition."""

@@ -18,13 +18,12 @@ from probgen.kernels.core import (
     Stats,
     SteppingEngine,
     Tuning,
-    check_step_size,
     compiled,
     per_chain,
     per_set,
 )
 from probgen.kernels.leapfrog import MAX_ENERGY_ERROR, accept, kinetic_energy, leapfrog
-from probgen.kernels.metric import Metric, MetricKind, check_metric
+from probgen.kernels.metric import Metric, MetricKind
 from probgen.kernels.run import Chains, run_chains
 from probgen.kernels.state import ChainState
 
@@ -47,8 +46,6 @@ __all__ = [
     "SteppingEngine",
     "Tuning",
     "accept",
-    "check_metric",
-    "check_step_size",
     "compiled",
     "find_step_size",
     "kinetic_energy",

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from probgen.core import InputError, Target
 from probgen.kernels.adaptation import StepSize
-from probgen.kernels.core import Adapter, SteppingEngine, check_step_size
-from probgen.kernels.metric import Metric, MetricKind, check_metric
+from probgen.kernels.core import Adapter, SteppingEngine
+from probgen.kernels.metric import Metric, MetricKind
 from probgen.kernels.schedule import early
 from probgen.priors.noise_space import NoiseDensity, Space, as_space
 from probgen.targets import Density
@@ -29,15 +29,10 @@ class AdaptiveEngine(SteppingEngine):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.step_size is not None:
-            check_step_size("step_size", self.step_size)
-        if not 0 < self.target_accept < 1:
-            raise InputError(f"target_accept must lie in (0, 1), got {self.target_accept!r}.")
         if self.step_size is None and self.num_warmup == 0:
             raise InputError(
                 "Without warm-up (num_warmup=0) there must be a step_size; None is found in warm-up."
             )
-        check_metric(self.metric)
         as_space(self.space)
 
     def density(self, target: Target) -> Density:

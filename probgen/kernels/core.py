@@ -13,11 +13,12 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from probgen.core import Engine, InputError, Posterior, Target, check_count, describe
+from probgen.core import Count, Engine, InputError, Posterior, Target, describe
 from probgen.kernels.compiling import Compiled
 from probgen.kernels.coordinates import Coordinates
 from probgen.priors.score_density import scored_density
 from probgen.priors.sites import frozen_priors
+from probgen.runs import Run
 from probgen.targets import Density, density
 
 
@@ -86,7 +87,10 @@ class Kernel(Protocol):
 
 
 class Adapter(Protocol):
-    """Tunes one thing during warm-up."""
+    """Tunes one thing during warm-up.
+
+    What it has learnt stands in its attributes, which a run folder keeps: tensors, numbers, text, and tuples of them.
+    """
 
     def begin(self, tuning: Tuning, num_sets: int) -> Tuning:
         """The tuning to start with; chain i belongs to data set i mod `num_sets`."""
@@ -110,21 +114,19 @@ class MarkovEngine(Engine):
         compile: compile the transitions (seconds to minutes once an `infer`, reported apart in `cost`).
     """
 
-    thin: int = 1
+    thin: Count = 1
     compile: bool = False
     kind = "mcmc"
     conditions = True
     data_sets = True
     default_chains = 4
+    numbered = True
     independent: ClassVar[bool] = False
     """Chain i is the same however many run beside it: its noise is its own, and nothing is adapted."""
     min_chains: ClassVar[int] = 1
     """Fewer chains than these for each data set cannot adapt."""
     needs_log_prob: ClassVar[bool] = True
     """Whether the density itself is needed, or the score alone will do."""
-
-    def __post_init__(self) -> None:
-        check_count("thin", self.thin)
 
     def density(self, target: Target) -> Density:
         """What the chains move in."""
@@ -167,8 +169,10 @@ class MarkovEngine(Engine):
         init: Posterior | None = None,
         state: Any = None,
         progress: bool = True,
+        first: int = 0,
+        run: Run | None = None,
     ) -> Posterior:
-        """Run the chains; see `Engine.run`."""
+        """Run the chains; see `Engine.run`. In a run folder they go on from where they were stopped."""
         from probgen.kernels.run import run_chains
 
         if num_chains < self.min_chains:
@@ -186,6 +190,8 @@ class MarkovEngine(Engine):
                 init=init,
                 state=state,
                 progress=progress,
+                first_chain=first,
+                run=run,
             )
 
 
@@ -198,10 +204,6 @@ class SteppingEngine(MarkovEngine):
     num_warmup: int
     step_size: float | None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_count("num_warmup", self.num_warmup, 0)
-
     @property
     def warmup(self) -> int:
         """`num_warmup`."""
@@ -211,12 +213,6 @@ class SteppingEngine(MarkovEngine):
     def first_step_size(self) -> float | None:
         """`step_size`."""
         return self.step_size
-
-
-def check_step_size(name: str, value: float) -> None:
-    """Raise `InputError` unless a step size, or another scale, is a finite number > 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise InputError(f"{name} must be > 0 and finite, got {value!r}.")
 
 
 def per_chain(value: Tensor, num_chains: int) -> Tensor:

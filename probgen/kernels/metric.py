@@ -7,14 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from probgen.core import InputError, did_you_mean
 from probgen.kernels.coordinates import Coordinates
 from probgen.kernels.core import Point, Stats, Tuning, per_set
 from probgen.kernels.schedule import early, windows
 from probgen.kernels.spread import Spread
 
 MetricKind = Literal["identity", "diagonal", "dense"]
-METRICS: tuple[MetricKind, ...] = ("identity", "diagonal", "dense")
 _PRIOR_COUNT = 5.0  # draws that D counts for against the covariance
 
 
@@ -38,7 +36,6 @@ class Metric:
     """
 
     def __init__(self, kind: MetricKind, num_warmup: int) -> None:
-        check_metric(kind)
         self.kind: MetricKind = kind
         self.ends = [] if kind == "identity" else windows(num_warmup)
         self.first = early(num_warmup)
@@ -92,9 +89,3 @@ class Metric:
         mixed = (1 - weight) * self._draws.covariance + weight * torch.diag_embed(target)
         factor = torch.linalg.cholesky(torch.where(learnt, mixed, torch.eye(mixed.shape[-1]).to(mixed)))
         return Coordinates(torch.where(learnt, factor.to(old), old))
-
-
-def check_metric(kind: str) -> None:
-    """Raise `InputError` for a metric that does not exist."""
-    if kind not in METRICS:
-        raise InputError(f"There is no metric {kind!r}; {did_you_mean(str(kind), METRICS)}")

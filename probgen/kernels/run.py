@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -20,12 +19,14 @@ from probgen.core import Cost, InputError, NonFiniteWarning, Posterior, Target, 
 from probgen.kernels.adaptation import find_step_size
 from probgen.kernels.compiling import Compiled
 from probgen.kernels.coordinates import Coordinates, InCoordinates
-from probgen.kernels.core import Evaluate, Kernel, MarkovEngine, Stats, Tuning
+from probgen.kernels.core import Adapter, Evaluate, Kernel, MarkovEngine, Stats, Tuning
+from probgen.kernels.keeping import Draws, Keeper, keeping, unpacked
 from probgen.kernels.noise import Normals
 from probgen.kernels.schedule import gatherings
 from probgen.kernels.starts import left_behind, starting_points
 from probgen.kernels.state import ChainState, check_fits, check_same_density, restored, tensors_of
 from probgen.progress import Update, ticker
+from probgen.runs import Checkpoint, Run
 from probgen.targets import Density
 
 _BLOCK = 4  # transitions at once, and between looks at the clock
@@ -46,19 +47,28 @@ def run_chains(
     init: Posterior | None = None,
     state: ChainState | None = None,
     progress: bool = False,
+    first_chain: int = 0,
+    run: Run | None = None,
 ) -> Posterior:
-    """Run `num_chains` chains of the engine's kernel for each data set; see `Engine.run`."""
-    chains = Chains(engine, target, num_chains, seed)
-    stages = {"warm-up": 0 if state else engine.warmup, "drawing": num_draws * engine.thin}
-    with torch.no_grad(), ticker(describe(engine), stages, progress, rates=("gradients",)) as update:
-        chains.show = update
-        if state is None:
-            chains.begin(init)
-            chains.warm_up()
-        else:
+    """Run `num_chains` chains of the engine's kernel for each data set; see `MarkovEngine.run`."""
+    chains = Chains(engine, target, num_chains, seed, first_chain)
+    stages = {"warm-up": engine.warmup if state is None else 0, "drawing": num_draws * engine.thin}
+    with (
+        torch.no_grad(),
+        keeping(run, describe(engine)) as keeper,
+        ticker(describe(engine), stages, progress, rates=("gradients",)) as update,
+    ):
+        chains.show, chains.keeper, chains.draws = update, keeper, Draws(num_draws)
+        found = keeper.recover(chains.draws)
+        if found is not None:
+            chains.resume(found)
+        elif state is not None:
             chains.go_on(state)
-        draws, stats = chains.draw(num_draws)
-    return chains.posterior(draws, stats)
+        else:
+            chains.begin(init)
+        chains.warm_up()
+        chains.draw()
+    return chains.posterior()
 
 
 @dataclass
@@ -124,13 +134,16 @@ class Chains:
         self.columns, self.first_column = num_chains * self.groups, first_chain * self.groups
         self.kernel: Kernel = like.kernel if like else engine.kernel()
         self.clock, self.step = _Clock(), 0
+        self.origin = self.first = 0  # transitions before this run, and before the first draw
+        self.warm, self.adapters = False, list[Adapter]()
         self.show: Update = _unseen
+        self.keeper, self.draws = Keeper(), Draws(0)
         self.block: int = self.kernel.at_once if isinstance(self.kernel, Asynchronous) else _BLOCK
         if like:
             self.block = like.block
         self._advance: Callable[..., Any] = like._advance if like else advance
         self._made: set[int] = like._made if like else set()  # numbers of transitions that are compiled
-        self._shown, self._moves = 0.0, 0
+        self._shown = 0.0
         self._gradients = self._divergences = torch.zeros((), dtype=torch.float64)  # read when they are shown
 
     # --- beginning ---
@@ -143,23 +156,64 @@ class Chains:
             coordinates = Coordinates.identity(self.density.dim, u)
             evaluate = InCoordinates(coordinates, self.function)
             self.state = self._start(coordinates, self.function, u)
-            one = torch.ones(self.columns, dtype=u.dtype, device=u.device)
-            self.tuning = Tuning(one * self._first_step(evaluate, u), coordinates, one[0])
+            self.tuning = self._untuned(u, self._first_step(evaluate, u))
+            self._begin_adapting()
+        self.first = self.engine.warmup
+        self._prime()
 
     def go_on(self, saved: ChainState) -> None:
         """Continue where a saved state stopped."""
         check_fits(saved, self.engine, self.num_chains)
-        u = torch.zeros(self.density.dim, self.columns, dtype=self.density.dtype, device=self.density.device)
-        self._prepare(u)
-        like = self._start(Coordinates.identity(len(u), u), _nowhere, u)
+        u, like = self._blank()
         self.state = restored(saved.kernel, like)
         tuning = restored(saved.tuning, _Saved(u[0], u[:, :1], u[0, 0], u[0]), shapes=False)
         self.tuning = Tuning(tuning.step_size, Coordinates(tuning.scale), tuning.length, tuning.beta)
+        self._check_density()
+        self.step = self.origin = self.first = saved.step
+        self.warm = True
+        self._prime()
+
+    def resume(self, found: Checkpoint) -> None:
+        """Be what a `snapshot` was taken of."""
+        u, self.state = self._blank()
+        self.tuning = self._untuned(u, 1.0)
+        if not found.facts["warm"]:
+            self._begin_adapting()
+        snapshot = unpacked(found.tensors, found.facts, like=self.snapshot())
+        for adapter, values in zip(self.adapters, snapshot.pop("adapters"), strict=True):
+            vars(adapter).update(values)
+        vars(self.clock).update(snapshot.pop("clock"))
+        vars(self).update(snapshot)
+        self._check_density()
+        self._prime()
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that moves: what chains that were begun alike need to be where these are."""
+        return {name: getattr(self, name) for name in _MOVING} | {
+            "adapters": [vars(adapter) for adapter in self.adapters],
+            "clock": vars(self.clock),
+        }
+
+    def _blank(self) -> tuple[Tensor, Any]:
+        """Positions and a state of the right shapes, to be filled."""
+        u = torch.zeros(self.density.dim, self.columns, dtype=self.density.dtype, device=self.density.device)
+        self._prepare(u)
+        return u, self._start(Coordinates.identity(len(u), u), _nowhere, u)
+
+    def _check_density(self) -> None:
+        """Where chains stand the density must be what it was."""
         if self.density.has_log_prob and not self.density.num_normals:
             evaluate = InCoordinates(self.tuning.coordinates, self.function)
             check_same_density(self.state.log_prob, evaluate(self.state.position)[0])
-        self.step = saved.step
-        self._prime()
+
+    def _untuned(self, u: Tensor, step_size: Tensor | float) -> Tuning:
+        one = torch.ones(self.columns, dtype=u.dtype, device=u.device)
+        return Tuning(one * step_size, Coordinates.identity(self.density.dim, u), one[0])
+
+    def _begin_adapting(self) -> None:
+        self.adapters = self.engine.adapters()
+        for adapter in self.adapters:
+            self.tuning = adapter.begin(self.tuning, self.groups)
 
     def _prepare(self, u: Tensor) -> None:
         with self.clock.counting("compile_seconds"):
@@ -218,23 +272,30 @@ class Chains:
 
     def warm_up(self) -> None:
         """Make the transitions of warm-up, tuning after each."""
-        adapters = self.engine.adapters()
-        for adapter in adapters:
-            self.tuning = adapter.begin(self.tuning, self.groups)
-        self._prime()
-        gathered_after = gatherings(self.engine.warmup)
-        with self.clock.counting("warmup_seconds"):
-            for step in range(self.engine.warmup):
-                _, stats = self._move(1)
-                last = {name: value[0] for name, value in stats.items()}
-                if adapters and step + 1 in gathered_after:
-                    self._gather()
-                self._tune(adapters, step, last)
-            for adapter in adapters:
-                self.tuning = adapter.finish(self.tuning)
-            self._report()
+        if self.warm:
+            return
+        while self.step < self.first:
+            with self.clock.counting("warmup_seconds"):
+                self._warm_up_for_a_while()
+            if self.step < self.first:
+                self.keeper.keep(self)
+        for adapter in self.adapters:
+            self.tuning = adapter.finish(self.tuning)
+        self._report()
         self.clock.warmup_gradients = int(self._gradients)
         self._gradients, self._divergences = self._gradients * 0, self._divergences * 0
+        self.warm, self.adapters = True, []
+        self.keeper.keep(self)
+
+    def _warm_up_for_a_while(self) -> None:
+        gathered_after = gatherings(self.first)
+        while self.step < self.first:
+            _, stats = self._move(1)
+            if self.adapters and self.step in gathered_after:
+                self._gather()
+            self._tune({name: value[0] for name, value in stats.items()})
+            if self.keeper.due:
+                return
 
     def _gather(self) -> None:
         """Chains that are lost go on from where others of their data set are."""
@@ -244,53 +305,54 @@ class Chains:
         if bool(behind.any()):
             self.state = tree_map(lambda value: value[..., follows], self.state)
 
-    def _tune(self, adapters: list[Any], step: int, stats: Stats) -> None:
+    def _tune(self, stats: Stats) -> None:
         before = self.tuning.coordinates
-        for adapter in adapters:
-            self.tuning = adapter.update(step, self.state, stats, self.tuning)
+        for adapter in self.adapters:
+            self.tuning = adapter.update(self.step - 1, self.state, stats, self.tuning)
         after = self.tuning.coordinates
         if after is not before:
             position, grad = self.state.position, self.state.grad
             self.state = self.state._replace(
                 position=after.to_x(before.to_u(position)), grad=after.pull(before.push(grad))
             )
-            for adapter in adapters:
+            for adapter in self.adapters:
                 self.tuning = adapter.restart(self.tuning)
 
-    def draw(self, num_draws: int) -> tuple[Tensor, Stats]:
-        """Positions u `(num_draws, dim, n)` and statistics `(num_draws, n)` of every `thin`-th transition."""
-        with self.clock.counting("seconds"):
-            kept: dict[str, Tensor] = {}
-            done = 0
-            blocks = self.blocks(num_draws * self.engine.thin)
-            while parts := list(islice(blocks, _STORED_AT_ONCE)):
-                kept = kept or {name: x.new_empty(num_draws, *x.shape[1:]) for name, x in parts[0].items()}
-                stop = done + sum(len(part["u"]) for part in parts)
-                for name, values in kept.items():
-                    torch.cat([part[name] for part in parts], out=values[done:stop])
-                done = stop
-            self._report()
-        return kept.pop("u"), kept
+    def draw(self) -> None:
+        """Fill `draws`: positions u and statistics of every `thin`-th transition."""
+        while self.draws.missing:
+            with self.clock.counting("seconds"):
+                self._draw_for_a_while()
+            self.keeper.keep(self)
+        self._report()
+
+    def _draw_for_a_while(self) -> None:
+        waiting: list[dict[str, Tensor]] = []
+        for part in self.blocks(self.draws.num_draws * self.engine.thin):
+            waiting.append(part)
+            if self.keeper.due:
+                break
+            if len(waiting) == _STORED_AT_ONCE:
+                self.draws.add(waiting)
+                waiting.clear()
+        self.draws.add(waiting)
 
     def blocks(self, num_transitions: int) -> Iterator[dict[str, Tensor]]:
-        """The draws of a number of transitions, a few at a time: u and the statistics by name."""
-        made, thin = 0, self.engine.thin
-        while made < num_transitions:
+        """The draws of what is left of a number of transitions, a few at a time: u and the statistics by name."""
+        thin = self.engine.thin
+        while (made := self.step - self.first) < num_transitions:
             count = min(self.block, num_transitions - made)
             if count < self.block and isinstance(self._advance, Compiled):
                 count = 1  # for which it may be compiled already
             u, stats = self._move(count)
             first = (-1 - made) % thin
-            made += count
-            if first < count:
-                part = {"u": self._drawn(u), **stats}
-                yield {name: value[first::thin] for name, value in part.items()} if thin > 1 else part
+            part = {"u": self._drawn(u), **stats}
+            yield {name: value[first::thin] for name, value in part.items()} if thin > 1 else part
 
     def _move(self, count: int) -> tuple[Tensor, Stats]:
         self._ready(count)
         self.state, u, stats = self._transitions(count)
         self.step += count
-        self._moves += count
         self._gradients = self._gradients + stats["n_steps"].sum(dtype=torch.float64)
         if "diverging" in stats:
             self._divergences = self._divergences + stats["diverging"].sum()
@@ -305,13 +367,16 @@ class Chains:
 
     def _report(self) -> None:
         self._shown = time.perf_counter()
-        self.show(
-            self._moves,
-            chains=self.num_chains * self.num_sets,
-            divergences=int(self._divergences),
-            step_size=float(self.tuning.step_size.median()),
-            gradients=int(self._gradients) + self.clock.warmup_gradients,
-        )
+        self.show(self.step - self.origin, **self.progress())
+
+    def progress(self) -> dict[str, float]:
+        """How far they are, in numbers."""
+        return {
+            "chains": self.num_chains * self.num_sets,
+            "divergences": int(self._divergences),
+            "step_size": float(self.tuning.step_size.median()),
+            "gradients": int(self._gradients) + self.clock.warmup_gradients,
+        }
 
     # --- results ---
 
@@ -330,11 +395,13 @@ class Chains:
             str(self.engine), self.step, self.num_chains, tensors_of(self.state), tensors_of(tuning)
         )
 
-    def posterior(self, draws: Tensor, stats: Stats) -> Posterior:
+    def posterior(self) -> Posterior:
         """The draws at the program's own sites, with what they cost."""
+        stats = dict(self.draws.values)
+        u = stats.pop("u")
         with self.clock.counting("seconds"):
-            self._check(draws)
-            sites = self._sites(draws)
+            self._check(u)
+            sites = self._sites(u)
         return Posterior(
             sites,
             self.engine.kind,
@@ -398,6 +465,9 @@ class Chains:
                 f"step size is {float(self.tuning.step_size.mean()):.3g}; take a smaller one, or leave it to warm-up "
                 "(step_size=None, num_warmup=500)."
             )
+
+
+_MOVING = ("state", "tuning", "step", "origin", "first", "warm", "_gradients", "_divergences")
 
 
 class _Saved(NamedTuple):

@@ -27,7 +27,7 @@ def starting_points(
     Raises `InputError` where no finite start is found, naming the site.
     """
     if init is not None:
-        return _given(density, num_columns, init)
+        return _given(density, num_columns, init, first_column)
     # The start of chain i does not depend on how many chains there are.
     noise = Noise(seed, 1, num_columns, (density.dim,), torch.float64, first=first_column)
     u = torch.empty(density.dim, num_columns, dtype=density.dtype, device=density.device)
@@ -69,9 +69,11 @@ def left_behind(log_prob: Tensor, dim: int, num_sets: int) -> tuple[Tensor, Tens
     return behind.flatten(), (chain * num_sets + torch.arange(num_sets)).flatten()
 
 
-def _given(density: Density, num_columns: int, init: Posterior) -> Tensor:
+def _given(density: Density, num_columns: int, init: Posterior, first_column: int) -> Tensor:
     """The draws to start from, in unconstrained space."""
-    chosen = _chosen(init, num_columns // density.num_sets)
+    first = first_column // density.num_sets
+    chosen = _chosen(init, first + num_columns // density.num_sets)
+    chosen = {name: value[first:] for name, value in chosen.items()}
     if density.sets_shown:
         chosen = {name: value.flatten(0, 1) for name, value in chosen.items()}
     try:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from probgen.core import InputError, describe
+from probgen.core import Count, DamagedFile, InputError, NonNegativeInt, check_fields, describe
+from probgen.files import PathLike, read_tensors, write_tensors
 
 _FORMAT = "probgen chain state 1"
 _DIGITS = 0.5  # how many of a dtype's digits of a density must agree
@@ -35,72 +31,32 @@ class ChainState:
     """
 
     engine: str
-    step: int
-    num_chains: int
+    step: NonNegativeInt
+    num_chains: Count
     kernel: dict[str, Tensor]
     tuning: dict[str, Tensor]
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it to a safetensors file, which appears whole or not at all; `InputError` where it cannot be."""
-        from safetensors.torch import save
+    def __post_init__(self) -> None:
+        check_fields(self)
 
+    def save(self, path: PathLike) -> None:
+        """Write it to a safetensors file, which appears whole or not at all; `FileError` where it cannot be."""
         tensors = {f"kernel.{name}": value for name, value in self.kernel.items()}
         tensors |= {f"tuning.{name}": value for name, value in self.tuning.items()}
-        tensors = {
-            name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for name, value in tensors.items()
-        }
         facts = {"format": _FORMAT, "engine": self.engine, "step": self.step, "num_chains": self.num_chains}
-        sealed = facts | {"digest": _digest(facts, tensors)}
-        _replace(Path(path), save(tensors, metadata={"probgen": json.dumps(sealed)}))
+        write_tensors(path, tensors, facts)
 
     @staticmethod
-    def load(path: str | os.PathLike[str]) -> ChainState:
-        """Read what `save` wrote; `InputError` for anything else, damaged files included."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                facts = json.loads((file.metadata() or {}).get("probgen", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, ValueError) as error:
-            raise InputError(f"{path} is not a saved chain state: {str(error).splitlines()[0]}.") from error
-        if not isinstance(facts, dict) or facts.get("format") != _FORMAT:
-            raise InputError(f"{path} is a safetensors file, but not a chain state: it lacks {_FORMAT!r}.")
-        if facts.pop("digest", "") != _digest(facts, tensors):
-            raise InputError(
-                f"{path} is damaged: its checksum does not fit. Take another copy, or run the chains anew."
-            )
-        groups: dict[str, dict[str, Tensor]] = {"kernel": {}, "tuning": {}}
-        for name, value in tensors.items():
-            group, _, field = name.partition(".")
-            groups[group][field] = value
-        return ChainState(facts["engine"], facts["step"], facts["num_chains"], **groups)
-
-
-def _digest(facts: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of all that a file holds."""
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for name, value in sorted(tensors.items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file next to `path`, then put it in its place in one move."""
-    try:
-        part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-        try:
-            with part.open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-    except (OSError, ValueError) as error:  # ValueError: a path without a name, or with a null in it
-        raise InputError(f"The chain state could not be written to {str(path)!r}: {error}.") from error
+    def load(path: PathLike) -> ChainState:
+        """Read what `save` wrote; `FileError` where there is nothing, `DamagedFile` for anything else."""
+        tensors, facts = read_tensors(path)
+        if facts.get("format") != _FORMAT:
+            raise DamagedFile(f"{str(path)!r} is no chain state: it lacks {_FORMAT!r}.")
+        kernel, tuning = (
+            {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            for prefix in ("kernel.", "tuning.")
+        )
+        return ChainState(facts["engine"], facts["step"], facts["num_chains"], kernel, tuning)
 
 
 # --- going on from a state -------------------------------------------------------------------------------------------

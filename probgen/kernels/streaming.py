@@ -9,18 +9,29 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from probgen.core import Cost, InputError, Target, UnsupportedError, check_count, describe
+from probgen.core import (
+    Cost,
+    Count,
+    Engine,
+    InputError,
+    NonNegativeInt,
+    Target,
+    UnsupportedError,
+    Within,
+    check_arguments,
+    describe,
+)
 from probgen.kernels.core import MarkovEngine
 from probgen.kernels.run import Chains
 from probgen.kernels.spread import Spread
 from probgen.progress import ticker
-from probgen.randomness import check_seed, forked_rng
+from probgen.randomness import forked_rng
 from probgen.targets import Density, frozen, read, restored_store
 from probgen.targets.routes import faithfully_recorded
 
@@ -73,14 +84,14 @@ class Moments:
 
 def moments(
     program: Any,
-    engine: MarkovEngine,
+    engine: Engine,
     *,
     data: Any = None,
     args: tuple[Any, ...] = (),
-    num_draws: int,
-    num_chains: int,
-    chunk: int = _CHUNK,
-    seed: int = 0,
+    num_draws: Annotated[int, Within(4)],
+    num_chains: Annotated[int, Within(2)],
+    chunk: Count = _CHUNK,
+    seed: NonNegativeInt = 0,
     progress: bool = False,
 ) -> Moments:
     """Mean, standard deviation and convergence of many chains, none of whose draws is kept.
@@ -108,18 +119,12 @@ def moments(
     >>> bool(abs(found.mean["z"] - 3) < 4 * found.mean_error["z"])
     True
     """
+    check_arguments(moments, locals())
     if not isinstance(engine, MarkovEngine):
         raise UnsupportedError(
             f"Moments are kept of Markov chains, and {describe(engine)} has none; draw with infer(...) and take the "
             "moments of the draws."
         )
-    for name, value, least in (
-        ("num_draws", num_draws, 4),
-        ("num_chains", num_chains, 2),
-        ("chunk", chunk, 1),
-    ):
-        check_count(name, value, least)
-    check_seed(seed)
     with forked_rng(seed), frozen(program), restored_store(), torch.no_grad():
         run = _Chunks(engine, read(program, data, args), num_draws, seed, min(chunk, num_chains))
         return run.moments(num_chains, progress)

@@ -11,12 +11,13 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from probgen.core import Batch, InputError, check_count
+from probgen.core import Batch, InputError, NonNegative, Size, check_count
 from probgen.models.vae import LatentModel, Law, gaussian_posterior, observed, over_rows
 from probgen.nets import MLP, GaussianMLP
+from probgen.recorded import Recorded
 
 
-class Joined(nn.Module):
+class Joined(Recorded):
     """net([x, c]) for a network of one input: the two flattened and concatenated, `(rows, ...)` each.
 
     Args:
@@ -89,9 +90,9 @@ class ConditionalVAE(LatentModel):
 
     def __init__(
         self,
-        event_shape: Sequence[int],
-        latent_dim: int,
-        condition_dim: int,
+        event_shape: Sequence[Size],
+        latent_dim: Size,
+        condition_dim: Size,
         encoder: Callable[..., Any],
         decoder: Callable[..., Any],
         *,
@@ -108,7 +109,6 @@ class ConditionalVAE(LatentModel):
             prior=prior,
             posterior=posterior,
         )
-        check_count("condition_dim", condition_dim)
         self.condition_dim = condition_dim
 
     @classmethod
@@ -188,15 +188,15 @@ class SemiSupervisedVAE(LatentModel):
 
     def __init__(
         self,
-        event_shape: Sequence[int],
-        latent_dim: int,
+        event_shape: Sequence[Size],
+        latent_dim: Size,
         class_probs: Tensor,
         *,
         encoder: Callable[..., Any],
         decoder: Callable[..., Any],
         classifier: Callable[[Tensor], Tensor],
         likelihood: Callable[[Tensor], Law] | None = None,
-        label_weight: float = 50.0,
+        label_weight: NonNegative = 50.0,
     ) -> None:
         super().__init__(event_shape, latent_dim, encoder, decoder, likelihood=likelihood)
         if (
@@ -207,8 +207,6 @@ class SemiSupervisedVAE(LatentModel):
             raise InputError(
                 f"class_probs must be positive, `(num_classes,)`, and sum to 1, got {class_probs}."
             )
-        if not label_weight >= 0:
-            raise InputError(f"label_weight must be >= 0, got {label_weight!r}.")
         self.register_buffer("class_probs", class_probs)
         self.classifier, self.label_weight = classifier, label_weight
 

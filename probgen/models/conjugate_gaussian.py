@@ -7,12 +7,13 @@ from typing import ClassVar
 import pyro
 import pyro.distributions as dist
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from probgen.core import Batch, InputError
+from probgen.core import Batch, InputError, check_alike, check_covariance
+from probgen.recorded import Recorded
 
 
-class ConjugateGaussian(nn.Module):
+class ConjugateGaussian(Recorded):
     """z ~ N(m, P), x | z ~ N(A z + b, S), one z for each datum; the guide is the exact posterior.
 
     log p(x) = log N(x; A m + b, A P A' + S), and p(z | x) = N(m + K (x - A m - b), P - K A P) with
@@ -57,6 +58,10 @@ class ConjugateGaussian(nn.Module):
         noise_covariance: Tensor,
     ) -> None:
         super().__init__()
+        if weight.ndim != 2 or 0 in weight.shape:
+            raise InputError(
+                f"ConjugateGaussian: weight must be `(d, latent)`, got shape {tuple(weight.shape)}."
+            )
         d, latent_dim = weight.shape
         expected = [(latent_dim,), (latent_dim, latent_dim), (d,), (d, d)]
         got = [tuple(value.shape) for value in (prior_loc, prior_covariance, bias, noise_covariance)]
@@ -65,8 +70,14 @@ class ConjugateGaussian(nn.Module):
                 f"ConjugateGaussian: a weight of shape {(d, latent_dim)} needs prior_loc, prior_covariance, bias and "
                 f"noise_covariance of shapes {expected}, got {got}."
             )
+        given = {"prior_loc": prior_loc, "weight": weight, "bias": bias}
+        covariances = {"prior_covariance": prior_covariance, "noise_covariance": noise_covariance}
+        check_alike("ConjugateGaussian", given | covariances)
+        for name, value in covariances.items():
+            check_covariance(f"ConjugateGaussian: {name}", value)
         self.event_shape, self.latent_dim = (d,), latent_dim
         marginal = weight @ prior_covariance @ weight.mT + noise_covariance
+        check_covariance("ConjugateGaussian: weight prior_covariance weight' + noise_covariance", marginal)
         gain = torch.linalg.solve(marginal, weight @ prior_covariance).mT
         tensors = {
             "prior_loc": prior_loc,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from probgen.chained import ChainedProgram, ChainTable, LastStep
 from probgen.conditioning import Condition
-from probgen.core import InputError, check_count, did_you_mean
+from probgen.core import InputError, Probability, Size, Within, did_you_mean
 from probgen.nets import TimeMLP
 from probgen.processes import VP, Prediction, Process, denoiser_coefficients, over_event
 
@@ -63,16 +64,15 @@ class DDPM(ChainedProgram):
         self,
         network: nn.Module,
         process: Process = VP(),  # noqa: B008 - frozen
-        num_steps: int = 1000,
+        num_steps: Annotated[int, Within(2, 1_000_000)] = 1000,
         *,
-        event_shape: tuple[int, ...] | None = None,
+        event_shape: Sequence[Size] | None = None,
         prediction: Prediction = "eps",
         reverse_variance: ReverseVariance = "analytic",
         last_step: LastStep = "x1",
         condition: Condition | None = None,
-        condition_dropout: float = 0.1,
+        condition_dropout: Probability = 0.1,
     ) -> None:
-        check_count("num_steps", num_steps, 2)
         if reverse_variance not in _VARIANCES:
             raise InputError(
                 f"Unknown reverse_variance {reverse_variance!r}; {did_you_mean(str(reverse_variance), _VARIANCES)}"

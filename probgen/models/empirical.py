@@ -9,15 +9,16 @@ from typing import ClassVar
 import pyro
 import pyro.distributions as dist
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from probgen.core import Batch, InputError, UnsupportedError, check_finite
 from probgen.processes import VP, Process
+from probgen.recorded import Recorded
 
 _CELLS = 2**22  # pairs of a noisy point and a datum that are looked at together
 
 
-class Empirical(nn.Module):
+class Empirical(Recorded):
     """p(x_0) = 1/n sum_i delta(x_0 - x^i), the law of a data set's rows. Site "x" `(*event)`.
 
     Noised by a process it is p_t(x) = 1/n sum_i N(x; alpha x^i, sigma^2), whose denoiser and score are averages over
@@ -50,7 +51,7 @@ class Empirical(nn.Module):
         super().__init__()
         if data.ndim == 0 or len(data) == 0 or not data.is_floating_point():
             raise InputError(
-                f"Empirical needs floating point rows (n, *event), n >= 1; got {data.dtype} of shape "
+                f"Empirical: data must be floating point rows (n, *event), n >= 1, got {data.dtype} of shape "
                 f"{tuple(data.shape)}."
             )
         check_finite("Empirical's data", data)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import pyro
 import torch
 from pyro.distributions import ImproperUniform, constraints
-from torch import Tensor, nn
+from torch import Tensor
 
-from probgen.core import Batch, InputError, UnsupportedError
+from probgen.core import Batch, InputError, Size, UnsupportedError, shown
+from probgen.recorded import Recorded, nameable
 
 
-class Energy(nn.Module):
+class Energy(Recorded):
     """p(x) = exp(-E(x)) / Z with any E and Z unknown. Site "x".
 
     Engines that move Markov chains draw from it: -E is the log density they need, its gradient the score.
@@ -39,7 +40,7 @@ class Energy(nn.Module):
     offers: ClassVar[str] = "any function that is low where data are likely, networks too"
     gives_up: ClassVar[str] = "Z: the density up to a factor; draws need Markov chains"
 
-    def __init__(self, function: Callable[[Tensor], Tensor], event_shape: tuple[int, ...]) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor], event_shape: Sequence[Size]) -> None:
         super().__init__()
         self.function = function
         self.event_shape = tuple(event_shape)
@@ -48,9 +49,9 @@ class Energy(nn.Module):
         """E(x) in nats: x `(batch, *event)` -> `(batch,)`."""
         energy = self.function(x)
         batch = x.shape[: x.ndim - len(self.event_shape)]
-        if energy.shape != batch:
+        if not isinstance(energy, Tensor) or energy.shape != batch:
             raise InputError(
-                f"Energy: E of x of shape {tuple(x.shape)} must have shape {tuple(batch)}, got {tuple(energy.shape)}: "
+                f"Energy: E of x of shape {tuple(x.shape)} must have shape {tuple(batch)}, got {shown(energy)}: "
                 "one number a row, summed over the event."
             )
         return energy
@@ -85,5 +86,6 @@ def example() -> Energy:
     return Energy(_banana, (2,))
 
 
+@nameable
 def _banana(x: Tensor) -> Tensor:
     return 0.5 * x[..., 0].square() + 2 * (x[..., 1] - 0.5 * x[..., 0].square()).square() - 0.3 * x[..., 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -12,7 +13,18 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from probgen.conditioning import Condition
-from probgen.core import Batch, InputError, Normalised, Program, UnsupportedError, describe, did_you_mean
+from probgen.core import (
+    Batch,
+    InputError,
+    Normalised,
+    Probability,
+    Program,
+    Size,
+    UnsupportedError,
+    check_finite,
+    describe,
+    did_you_mean,
+)
 from probgen.denoising import DenoisingProgram
 from probgen.distributions import FlowLaw, apart
 from probgen.dynamics import GaussianInitial, Initial
@@ -71,9 +83,9 @@ class FlowMatching(DenoisingProgram):
         p_init: Any = None,
         coupling: Coupling = "independent",
         paired: bool = False,
-        event_shape: tuple[int, ...] | None = None,
+        event_shape: Sequence[Size] | None = None,
         condition: Condition | None = None,
-        condition_dropout: float = 0.1,
+        condition_dropout: Probability = 0.1,
     ) -> None:
         super().__init__(
             network,
@@ -112,6 +124,7 @@ class FlowMatching(DenoisingProgram):
                 f"p_init has event shape {shape and tuple(shape)}, the network {self.event_shape}."
             )
         if isinstance(p_init, Tensor):
+            check_finite("FlowMatching: p_init", p_init)
             return DataInitial(p_init)
         if not isinstance(p_init, Program):
             raise InputError(f"p_init must be None, a program or a data set, got {type(p_init).__name__}.")

@@ -8,16 +8,18 @@ from typing import ClassVar
 import pyro
 import pyro.distributions as dist
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from probgen.chained import LastStep
-from probgen.core import Batch, InputError, check_count, did_you_mean
+from probgen.core import Batch, InputError, did_you_mean
+from probgen.dynamics.fields import Steps
 from probgen.models.ddpm import ReverseVariance
 from probgen.models.gaussian_mixture import GaussianMixture
 from probgen.processes import VP, Process
+from probgen.recorded import Recorded
 
 
-class GaussianChain(nn.Module):
+class GaussianChain(Recorded):
     """p_theta(x_0) of a T-step diffusion chain whose network is the exact denoiser of data N(m, S).
 
     Every step is linear and Gaussian, so in the eigenbasis of S each coordinate follows a scalar recursion:
@@ -67,13 +69,17 @@ class GaussianChain(nn.Module):
         loc: Tensor,
         covariance: Tensor,
         process: Process = VP(),  # noqa: B008 - frozen
-        num_steps: int = 1000,
+        num_steps: Steps = 1000,
         *,
         reverse_variance: ReverseVariance = "analytic",
         last_step: LastStep = "x1",
     ) -> None:
         super().__init__()
-        check_count("num_steps", num_steps)
+        if loc.ndim != 1 or covariance.shape != 2 * loc.shape:
+            raise InputError(
+                f"GaussianChain needs loc `(d,)` and covariance `(d, d)`, got {tuple(loc.shape)} and "
+                f"{tuple(covariance.shape)}."
+            )
         self.num_steps, self.event_shape = num_steps, tuple(loc.shape)
         self.data = GaussianMixture(loc.new_ones(1), loc[None], covariance[None], process)
         steps = _Steps(

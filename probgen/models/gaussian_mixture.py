@@ -8,14 +8,15 @@ from typing import ClassVar, NamedTuple
 import pyro
 import pyro.distributions as dist
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from probgen.core import Batch, InputError
+from probgen.core import Batch, InputError, check_alike, check_covariance
 from probgen.models.conjugate_gaussian import updated_covariance
 from probgen.processes import VP, Process
+from probgen.recorded import Recorded
 
 
-class GaussianMixture(nn.Module):
+class GaussianMixture(Recorded):
     """p(x) = sum_k w_k N(x; m_k, S_k), known at every noise level.
 
     Noised by a process it is p_t(x) = sum_k w_k N(x; alpha m_k, alpha^2 S_k + sigma^2 I): a diffusion with a perfect
@@ -225,19 +226,20 @@ class _InEigenbases(NamedTuple):
 
 
 def _check(weights: Tensor, locs: Tensor, covariances: Tensor) -> None:
-    if locs.ndim != 2 or weights.shape != locs.shape[:1] or covariances.shape != (*locs.shape, locs.shape[1]):
+    if (
+        locs.ndim != 2
+        or 0 in locs.shape
+        or weights.shape != locs.shape[:1]
+        or covariances.shape != (*locs.shape, locs.shape[1])
+    ):
         raise InputError(
             "GaussianMixture needs weights (K,), locs (K, d) and covariances (K, d, d), got "
             f"{tuple(weights.shape)}, {tuple(locs.shape)} and {tuple(covariances.shape)}."
         )
+    check_alike("GaussianMixture", {"weights": weights, "locs": locs, "covariances": covariances})
     if not bool((weights > 0).all()) or abs(float(weights.sum()) - 1) > 1e-4:
         raise InputError(f"GaussianMixture: weights must be positive and sum to 1, got {weights.tolist()}.")
-    smallest = torch.linalg.eigvalsh(covariances).min(-1).values
-    if not torch.allclose(covariances, covariances.mT, atol=1e-6) or not bool((smallest > 0).all()):
-        raise InputError(
-            "GaussianMixture: covariances must be symmetric and positive definite; the smallest eigenvalues are "
-            f"{smallest.tolist()}. Add a little to the diagonal."
-        )
+    check_covariance("GaussianMixture: covariances", covariances)
 
 
 def example() -> GaussianMixture:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from probgen.conditioning import Condition, Labels
-from probgen.core import InputError, check_count
+from probgen.core import InputError, Positive, Probability, Size, Within
 from probgen.models.score_sde import ScoreSDE
 from probgen.nets import TimeMLP
 from probgen.processes import VE, Prediction
@@ -43,16 +44,15 @@ class NCSN(ScoreSDE):
     def __init__(
         self,
         network: nn.Module,
-        num_levels: int = 10,
-        sigma_max: float = 10.0,
-        sigma_min: float = 0.01,
+        num_levels: Annotated[int, Within(2, 1_000_000)] = 10,
+        sigma_max: Annotated[float, Within(0, 1e6, "(]")] = 10.0,
+        sigma_min: Positive = 0.01,
         *,
-        event_shape: tuple[int, ...] | None = None,
+        event_shape: Sequence[Size] | None = None,
         prediction: Prediction | None = None,
         condition: Condition | None = None,
-        condition_dropout: float = 0.1,
+        condition_dropout: Probability = 0.1,
     ) -> None:
-        check_count("num_levels", num_levels, 2)
         if not 0 < sigma_min < sigma_max:
             raise InputError(
                 f"NCSN needs 0 < sigma_min < sigma_max, got sigma_min={sigma_min!r}, sigma_max={sigma_max!r}."

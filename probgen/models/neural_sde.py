@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar, Literal
+from collections.abc import Callable, Sequence
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from probgen.chained import ChainedProgram, ChainTable, LastStep
 from probgen.conditioning import Condition
-from probgen.core import InputError, check_count
+from probgen.core import InputError, NonNegative, Probability, Size, Within, shown
 from probgen.dynamics import AffineDenoiser, reverse_drift
 from probgen.nets import TimeMLP
 from probgen.processes import VP, Grid, Prediction, Process, as_grid, denoiser_coefficients
 
-Diffusion = float | Callable[[Tensor], Tensor]
+Diffusion = NonNegative | Callable[[Tensor], Tensor]
 
 
 class NeuralSDE(ChainedProgram):
@@ -67,16 +67,15 @@ class NeuralSDE(ChainedProgram):
         network: nn.Module,
         process: Process = VP(),  # noqa: B008 - frozen
         diffusion: Diffusion | None = None,
-        num_steps: int = 100,
+        num_steps: Annotated[int, Within(2, 1_000_000)] = 100,
         *,
         prediction: Prediction | Literal["drift"] = "drift",
         last_step: LastStep = "x1",
         grid: Grid | str = "quadratic",
-        event_shape: tuple[int, ...] | None = None,
+        event_shape: Sequence[Size] | None = None,
         condition: Condition | None = None,
-        condition_dropout: float = 0.1,
+        condition_dropout: Probability = 0.1,
     ) -> None:
-        check_count("num_steps", num_steps, 2)
         self_predicted = None if prediction == "drift" else prediction
         family = _Family(process, diffusion, self_predicted)
         schedule = as_grid(grid).between(process.t_max, process.t_min, process)
@@ -110,7 +109,12 @@ class _Family:
         if self.diffusion is None:
             return self.process.diffusion2(t)
         if callable(self.diffusion):
-            return torch.as_tensor(self.diffusion(t)).to(t).square()
+            noise = self.diffusion(t)
+            if not isinstance(noise, Tensor | float | int):
+                raise InputError(
+                    f"NeuralSDE: diffusion must give w at each time, numbers `(n,)`; it gave {shown(noise)}."
+                )
+            return torch.as_tensor(noise).to(t).square()
         return torch.full_like(t, float(self.diffusion) ** 2)
 
     def drift(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:

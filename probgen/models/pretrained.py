@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -12,10 +12,11 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from probgen.core import Batch, InputError, did_you_mean
+from probgen.core import Batch, InputError, Size, check_arguments, did_you_mean
 from probgen.denoising import DenoisingProgram
 from probgen.distributions import FlowLaw
 from probgen.processes import VP, Prediction, Process
+from probgen.recorded import Recorded
 from probgen.tabulated import Scheduled, Tabulated
 
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
@@ -53,7 +54,7 @@ class Pretrained(DenoisingProgram):
         process: Process,
         prediction: Prediction,
         *,
-        event_shape: tuple[int, ...] | None = None,
+        event_shape: Sequence[Size] | None = None,
     ) -> None:
         super().__init__(network, process, prediction, event_shape=event_shape)
 
@@ -97,6 +98,7 @@ def load_network(
     >>> program.denoise(torch.ones(1, 2), torch.tensor([0.5]))
     tensor([[0.5000, 0.5000]])
     """
+    check_arguments(load_network, locals())
     if isinstance(source, str | Path):
         network, config = _read_folder(Path(source))
         return _of_diffusers(network, config, event_shape)
@@ -115,7 +117,7 @@ def load_network(
 # --- calling conventions ------------------------------------------------------------------------------------------
 
 
-class OfSigma(nn.Module):
+class OfSigma(Recorded):
     """A network `net(x, sigma)` as one of (x, t): sigma = sigma(t) of a process with alpha = 1.
 
     Args:

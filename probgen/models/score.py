@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from probgen.core import Batch, InputError, UnsupportedError
+from probgen.core import Batch, InputError, Size, UnsupportedError, shown
+from probgen.recorded import Recorded, nameable
 
 
-class Score(nn.Module):
+class Score(Recorded):
     """s(x) in place of grad log p(x), as a network trained by score matching gives it. Site "x".
 
     Engines without an accept step draw from it. Whether s is the gradient of anything is not asked: where it is not,
@@ -36,7 +37,7 @@ class Score(nn.Module):
     offers: ClassVar[str] = "draws by unadjusted engines from a score alone"
     gives_up: ClassVar[str] = "the density, and with it every accept step"
 
-    def __init__(self, function: Callable[[Tensor], Tensor], event_shape: tuple[int, ...]) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor], event_shape: Sequence[Size]) -> None:
         super().__init__()
         self.function = function
         self.event_shape = tuple(event_shape)
@@ -44,10 +45,8 @@ class Score(nn.Module):
     def grad_log_prob(self, x: Tensor) -> Tensor:
         """s(x): x `(batch, *event)` -> `(batch, *event)`."""
         score = self.function(x)
-        if score.shape != x.shape:
-            raise InputError(
-                f"Score: s(x) must have the shape of x, {tuple(x.shape)}, got {tuple(score.shape)}."
-            )
+        if not isinstance(score, Tensor) or score.shape != x.shape:
+            raise InputError(f"Score: s(x) must have the shape of x, {tuple(x.shape)}, got {shown(score)}.")
         return score
 
     def model(self, batch: Batch) -> Any:
@@ -63,6 +62,7 @@ def example() -> Score:
     return Score(_rotated, (2,))
 
 
+@nameable
 def _rotated(x: Tensor) -> Tensor:
     x, y = x.unbind(-1)
     return torch.stack([-x - 0.5 * y, 0.5 * x - 2 * y], dim=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import pyro
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from probgen.conditioning import Condition
-from probgen.core import Batch
+from probgen.core import Batch, Probability, Size
 from probgen.denoising import DenoisingProgram
 from probgen.distributions import FlowLaw
 from probgen.nets import TimeMLP
@@ -52,10 +53,10 @@ class ScoreSDE(DenoisingProgram):
         network: nn.Module,
         process: Process = VP(),  # noqa: B008 - frozen
         *,
-        event_shape: tuple[int, ...] | None = None,
+        event_shape: Sequence[Size] | None = None,
         prediction: Prediction | None = None,
         condition: Condition | None = None,
-        condition_dropout: float = 0.1,
+        condition_dropout: Probability = 0.1,
     ) -> None:
         self_scaled = _has_unit_size(process)
         super().__init__(

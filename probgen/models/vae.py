@@ -14,10 +14,11 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from probgen.core import Batch, InputError, check_count
+from probgen.core import Batch, InputError, Positive, Size, shown
 from probgen.distributions import DiagonalNormal
 from probgen.nets import MLP, GaussianMLP
 from probgen.priors.prior import Prior
+from probgen.recorded import Recorded, nameable
 
 Law = dist.TorchDistribution
 
@@ -25,7 +26,7 @@ Law = dist.TorchDistribution
 # --- likelihoods: the decoder's output -> p(x | z) ----------------------------------------------------------------
 
 
-class GaussianLikelihood(nn.Module):
+class GaussianLikelihood(Recorded):
     """p(x | z) = N(output, sigma^2), sigma learned with the rest.
 
     Args:
@@ -38,17 +39,15 @@ class GaussianLikelihood(nn.Module):
     tensor([0.5000, 0.5000, 0.5000], grad_fn=<SqrtBackward0>)
     """
 
-    def __init__(self, scale: float = 0.5, shape: Sequence[int] = ()) -> None:
+    def __init__(self, scale: Positive = 0.5, shape: Sequence[Size] = ()) -> None:
         super().__init__()
-        if not scale > 0:
-            raise InputError(f"GaussianLikelihood needs a scale > 0, got {scale!r}.")
         self.log_scale = nn.Parameter(torch.full(tuple(shape), float(scale)).log())
 
     def forward(self, output: Tensor) -> Law:
         return DiagonalNormal(output, self.log_scale.exp())
 
 
-class BernoulliLikelihood(nn.Module):
+class BernoulliLikelihood(Recorded):
     """p(x | z) = Bernoulli(sigmoid(output)), for data that are 0 or 1.
 
     >>> BernoulliLikelihood()(torch.zeros(2)).mean
@@ -62,11 +61,13 @@ class BernoulliLikelihood(nn.Module):
 # --- posteriors: the encoder's output -> q(z | x) -----------------------------------------------------------------
 
 
+@nameable
 def gaussian_posterior(loc: Tensor, scale: Tensor) -> Law:
     """q(z | x) = N(loc, scale^2), independent over the latent: loc, scale `(rows, latent)`."""
     return dist.Normal(loc, scale).to_event(1)
 
 
+@nameable
 def point_posterior(loc: Tensor, scale: Tensor) -> Law:  # noqa: ARG001 - the signature of every posterior
     """q(z | x) = Delta(loc), the scale unused: with a bound whose beta is 0, an autoencoder."""
     return dist.Delta(loc, event_dim=1)
@@ -75,7 +76,7 @@ def point_posterior(loc: Tensor, scale: Tensor) -> Law:  # noqa: ARG001 - the si
 # --- priors: () -> p(z) -------------------------------------------------------------------------------------------
 
 
-class StandardNormalPrior(nn.Module):
+class StandardNormalPrior(Recorded):
     """p(z) = N(0, I).
 
     Args:
@@ -84,7 +85,7 @@ class StandardNormalPrior(nn.Module):
 
     zeros: Tensor
 
-    def __init__(self, latent_dim: int) -> None:
+    def __init__(self, latent_dim: Size) -> None:
         super().__init__()
         self.register_buffer("zeros", torch.zeros(latent_dim), persistent=False)
 
@@ -92,7 +93,7 @@ class StandardNormalPrior(nn.Module):
         return dist.Normal(self.zeros, 1.0).to_event(1)
 
 
-class MixturePrior(nn.Module):
+class MixturePrior(Recorded):
     """p(z) = sum_k w_k N(z; m_k, diag s_k^2), all of it learned.
 
     Args:
@@ -105,9 +106,8 @@ class MixturePrior(nn.Module):
     torch.Size([2])
     """
 
-    def __init__(self, latent_dim: int, num_components: int = 10) -> None:
+    def __init__(self, latent_dim: Size, num_components: Size = 10) -> None:
         super().__init__()
-        check_count("num_components", num_components)
         self.logits = nn.Parameter(torch.zeros(num_components))
         self.locs = nn.Parameter(torch.randn(num_components, latent_dim))
         self.log_scales = nn.Parameter(torch.zeros(num_components, latent_dim))
@@ -117,7 +117,7 @@ class MixturePrior(nn.Module):
         return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), components)
 
 
-class FittedPrior(nn.Module):
+class FittedPrior(Recorded):
     """p(z) of another program: with a diffusion, latent diffusion.
 
     Its density must be exact, as that of a diffusion, a flow or a mixture is; then its weights are fitted with the rest
@@ -168,7 +168,7 @@ def over_rows(net: Callable[..., Any], inputs: Sequence[tuple[Tensor, int]]) -> 
     return [output.reshape(batch_shape + output.shape[1:]) for output in outputs]
 
 
-class LatentModel(nn.Module):
+class LatentModel(Recorded):
     """What variational autoencoders share: two networks, three heads, and the laws of z and x they make.
 
     Args:
@@ -186,8 +186,8 @@ class LatentModel(nn.Module):
 
     def __init__(
         self,
-        event_shape: Sequence[int],
-        latent_dim: int,
+        event_shape: Sequence[Size],
+        latent_dim: Size,
         encoder: Callable[..., Any],
         decoder: Callable[..., Any],
         *,
@@ -196,13 +196,17 @@ class LatentModel(nn.Module):
         posterior: Callable[[Tensor, Tensor], Law] = gaussian_posterior,
     ) -> None:
         super().__init__()
-        check_count("latent_dim", latent_dim)
         self.event_shape, self.latent_dim = tuple(event_shape), latent_dim
         self.encoder, self.decoder = encoder, decoder
         self.likelihood = likelihood or GaussianLikelihood()
         self.prior = prior or StandardNormalPrior(latent_dim)
         self.posterior = posterior
-        self._check_shape("prior", "a law of z", tuple(self.prior().event_shape), (latent_dim,))
+        law = self.prior()
+        if not hasattr(law, "event_shape"):
+            raise InputError(
+                f"{type(self).__name__}: prior must be a function () -> law of z; it gave {shown(law)}."
+            )
+        self._check_shape("prior", "a law of z", tuple(law.event_shape), (latent_dim,))
 
     def law_of_z(self, x: Tensor, *conditions: Tensor) -> Law:
         """q(z | x, conditions): x `(*batch, *event_shape)`, conditions `(*batch, size)`."""
@@ -217,6 +221,11 @@ class LatentModel(nn.Module):
         (output,) = over_rows(self.decoder, [(z, 1), *((c.to(z), 1) for c in conditions)])
         self._check_shape("decoder", "an output", tuple(output.shape), self.event_shape)
         law = self.likelihood(output)
+        if not hasattr(law, "event_shape"):
+            raise InputError(
+                f"{type(self).__name__}: likelihood must be a function of the decoder's output -> law of x; it gave "
+                f"{shown(law)}."
+            )
         return law.to_event(len(self.event_shape) - law.event_dim)
 
     def _check_shape(self, part: str, what: str, got: tuple[int, ...], event: tuple[int, ...]) -> None:
@@ -277,6 +286,19 @@ class VAE(LatentModel):
         decoder = MLP((latent_dim,), event_shape, widths[::-1])
         heads: dict[str, Any] = {"likelihood": likelihood, "prior": prior, "posterior": posterior}
         return cls(event_shape, latent_dim, encoder, decoder, **heads)
+
+    @classmethod
+    def of_shape(
+        cls, event_shape: Sequence[int], latent_dim: int = 8, widths: tuple[int, ...] = (256, 256)
+    ) -> VAE:
+        """A VAE of two MLPs with a Gaussian likelihood, whose scale is learned.
+
+        Args:
+            event_shape: shape of one datum.
+            latent_dim: length of z.
+            widths: hidden layers of the encoder; the decoder has them in reverse order.
+        """
+        return cls.mlp(event_shape, latent_dim, widths)
 
     def model(self, batch: Batch) -> Tensor:
         """z ~ p(z), x ~ p(x | z) for each row."""

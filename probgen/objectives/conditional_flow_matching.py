@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from probgen.core import Batch, Coupled
-from probgen.noising import admitted, check_choice, combined, strata
+from probgen.core import Batch, Coupled, check_fields
+from probgen.noising import admitted, combined, strata
 
 TimeLaw = Literal["uniform", "logit-normal"]
-TIME_LAWS: tuple[TimeLaw, ...] = get_args(TimeLaw)
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class ConditionalFlowMatching:
     gives_up: ClassVar[str] = "straight paths, unless the pairs are coupled"
 
     def __post_init__(self) -> None:
-        check_choice("times", self.times, TIME_LAWS)
+        check_fields(self)
 
     def loss(self, program: Any, batch: Batch) -> Tensor:
         """Mean squared error of the velocity a coordinate, in units of the data squared: a differentiable scalar."""

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from probgen.core import Batch, Diffusion
+from probgen.core import Batch, Diffusion, check_fields
 from probgen.noising import (
     admitted,
-    check_choice,
-    check_level,
-    check_weighting,
     importance_times,
     noise_error,
     training_times,
 )
-from probgen.processes import Weighting, over_event
+from probgen.processes import Time, Weighting, over_event
 
 Sampling = Literal["uniform", "importance"]
-SAMPLINGS: tuple[Sampling, ...] = get_args(Sampling)
 
 
 @dataclass(frozen=True)
@@ -54,16 +50,14 @@ class DenoisingScoreMatching:
 
     weighting: Weighting = "sigma2"
     sampling: Sampling = "uniform"
-    t: float | None = None
+    t: Time | None = None
     needs: ClassVar[tuple[type, ...]] = (Diffusion,)
     paper: ClassVar[str] = "Vincent 2011, Neural Computation 23"
     offers: ClassVar[str] = "the score at every noise level from one network call a row"
     gives_up: ClassVar[str] = "the score of the clean data: noise is needed"
 
     def __post_init__(self) -> None:
-        check_weighting(self.weighting)
-        check_choice("sampling", self.sampling, SAMPLINGS)
-        check_level(self, self.t)
+        check_fields(self)
 
     def loss(self, program: Any, batch: Batch) -> Tensor:
         """Half the weighted squared error, summed over coordinates: a differentiable scalar."""

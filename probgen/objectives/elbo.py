@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from probgen.bounds import NegativeELBO, ScaledLatents
-from probgen.core import Batch, Guided, InputError, Stepwise, UnsupportedError, check_count, describe
+from probgen.core import (
+    Batch,
+    Count,
+    Guided,
+    NonNegative,
+    Stepwise,
+    UnsupportedError,
+    check_arguments,
+    describe,
+)
 from probgen.noising import strata
 
 MISSING = -1
@@ -39,14 +48,18 @@ class ELBO:
     offers: ClassVar[str] = "a bound on log p(x) for any model/guide pair"
     gives_up: ClassVar[str] = "the gap KL(q || p(z | x))"
 
-    def __init__(self, num_particles: int = 1, beta: float = 1.0) -> None:
-        check_count("num_particles", num_particles)
-        if not beta >= 0:
-            raise InputError(f"beta must be >= 0, got {beta!r}.")
+    def __init__(self, num_particles: Count = 1, beta: NonNegative = 1.0) -> None:
+        check_arguments(ELBO.__init__, locals())
         self.num_particles, self.beta = num_particles, beta
         self._bounds: weakref.WeakKeyDictionary[Any, dict[frozenset[str], NegativeELBO]] = (
             weakref.WeakKeyDictionary()
         )
+
+    def __reduce__(self) -> Any:
+        return type(self), (
+            self.num_particles,
+            self.beta,
+        )  # what was found out about programs stays with them
 
     def __repr__(self) -> str:
         return f"ELBO(num_particles={self.num_particles}, beta={self.beta})"

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from probgen.core import Batch, Diffusion
-from probgen.noising import admitted, check_level, check_weighting, noised, score_at, training_times
-from probgen.processes import Weighting, over_event
+from probgen.core import Batch, Diffusion, check_fields
+from probgen.noising import admitted, noised, score_at, training_times
+from probgen.processes import Time, Weighting, over_event
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,14 @@ class ExplicitScoreMatching:
 
     target: Callable[[Tensor, Tensor], Tensor]
     weighting: Weighting = "sigma2"
-    t: float | None = None
+    t: Time | None = None
     needs: ClassVar[tuple[type, ...]] = (Diffusion,)
     paper: ClassVar[str] = "Hyvärinen 2005, JMLR 6"
     offers: ClassVar[str] = "no noise but that of the data: the objective the others estimate"
     gives_up: ClassVar[str] = "data alone: the score must be known"
 
     def __post_init__(self) -> None:
-        check_weighting(self.weighting)
-        check_level(self, self.t)
+        check_fields(self)
 
     def loss(self, program: Any, batch: Batch) -> Tensor:
         """Half the weighted squared error, summed over coordinates: a differentiable scalar."""

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from probgen.core import Batch, Diffusion
-from probgen.noising import admitted, check_level, check_weighting, scored, training_times
-from probgen.processes import Weighting
+from probgen.core import Batch, Diffusion, check_fields
+from probgen.noising import admitted, scored, training_times
+from probgen.processes import Time, Weighting
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,14 @@ class ImplicitScoreMatching:
     """
 
     weighting: Weighting = "sigma2"
-    t: float | None = None
+    t: Time | None = None
     needs: ClassVar[tuple[type, ...]] = (Diffusion,)
     paper: ClassVar[str] = "Hyvärinen 2005, JMLR 6"
     offers: ClassVar[str] = "no density of the noise needed: x_t alone"
     gives_up: ClassVar[str] = "d derivatives of the network a step, and second derivatives of it"
 
     def __post_init__(self) -> None:
-        check_weighting(self.weighting)
-        check_level(self, self.t)
+        check_fields(self)
 
     def loss(self, program: Any, batch: Batch) -> Tensor:
         """The mean over rows, summed over coordinates: a differentiable scalar; its least value is negative."""

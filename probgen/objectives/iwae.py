@@ -11,7 +11,7 @@ import pyro
 from torch import Tensor
 
 from probgen.bounds import log_weights, sample_sites, trace_pair
-from probgen.core import Batch, Guided, UnsupportedError, check_count, describe
+from probgen.core import Batch, Count, Guided, UnsupportedError, check_fields, describe
 
 _CHECKED: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -32,7 +32,7 @@ class IWAE:
     IWAE(num_particles=5)
     """
 
-    num_particles: int = 10
+    num_particles: Count = 10
     needs: ClassVar[tuple[type, ...]] = (Guided,)
     unit: ClassVar[str] = "nats"  # a row; a bound on log p(x)
     paper: ClassVar[str] = "Burda et al. 2015, arXiv 1509.00519"
@@ -40,7 +40,7 @@ class IWAE:
     gives_up: ClassVar[str] = "k decoder calls a row; the guide's gradient fades as k grows"
 
     def __post_init__(self) -> None:
-        check_count("num_particles", self.num_particles)
+        check_fields(self)
 
     def loss(self, program: Any, batch: Batch) -> Tensor:
         """The bound's negative in nats per row, a differentiable scalar."""

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from probgen.core import Batch, Diffusion, check_count
-from probgen.noising import admitted, check_choice, check_level, check_weighting, scored, training_times
-from probgen.processes import Weighting
+from probgen.core import Batch, Count, Diffusion, check_fields
+from probgen.noising import admitted, scored, training_times
+from probgen.processes import Time, Weighting
 
 ProjectionLaw = Literal["rademacher", "gaussian"]
-PROJECTION_LAWS: tuple[ProjectionLaw, ...] = get_args(ProjectionLaw)
 
 
 @dataclass(frozen=True)
@@ -40,21 +39,18 @@ class SlicedScoreMatching:
     'rademacher'
     """
 
-    num_projections: int = 1
+    num_projections: Count = 1
     law: ProjectionLaw = "rademacher"
     variance_reduced: bool = True
     weighting: Weighting = "sigma2"
-    t: float | None = None
+    t: Time | None = None
     needs: ClassVar[tuple[type, ...]] = (Diffusion,)
     paper: ClassVar[str] = "Song et al. 2019, arXiv 1905.07088"
     offers: ClassVar[str] = "implicit score matching at a cost that does not grow with d"
     gives_up: ClassVar[str] = "variance, and second derivatives of the network"
 
     def __post_init__(self) -> None:
-        check_count("num_projections", self.num_projections)
-        check_choice("law", self.law, PROJECTION_LAWS)
-        check_weighting(self.weighting)
-        check_level(self, self.t)
+        check_fields(self)
 
     def loss(self, program: Any, batch: Batch) -> Tensor:
         """The mean over rows and directions, summed over coordinates: a differentiable scalar."""

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from probgen.core import InputError, describe
+from probgen.core import InputError, Positive, describe
 from probgen.priors.conditioned import Conditioned, Covariance, Marginal
-from probgen.priors.guidance import Denoised, Guidance, Guided, PiGDM, check_positive, denoised
+from probgen.priors.guidance import Denoised, Guidance, Guided, PiGDM, denoised
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,13 @@ class ClassifierGuidance(Guidance):
     PiGDM(prior_scale=1.0)
     """
 
-    scale: float = 1.0
+    scale: Positive = 1.0
     guidance: Guidance = PiGDM()  # noqa: RUF009 - frozen
     paper: ClassVar[str] = "Dhariwal & Nichol 2021, arXiv 2105.05233"
     offers: ClassVar[str] = "labels, at no approximation but the classifier's own"
     gives_up: ClassVar[str] = (
         "a classifier must be fitted at all noise levels; scales above 1 are no posterior"
     )
-
-    def __post_init__(self) -> None:
-        check_positive("scale", self.scale)
 
     @property
     def smooth(self) -> bool:

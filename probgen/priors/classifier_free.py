@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from probgen.core import InputError
+from probgen.core import InputError, Positive
 from probgen.dynamics import AffineDenoiser
 from probgen.priors.conditioned import Conditioned, Covariance
-from probgen.priors.guidance import Denoised, Guidance, Guided, PiGDM, check_positive
+from probgen.priors.guidance import Denoised, Guidance, Guided, PiGDM
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ClassifierFree(Guidance):
     False
     """
 
-    scale: float = 1.0
+    scale: Positive = 1.0
     guidance: Guidance = PiGDM()  # noqa: RUF009 - frozen
     twist: ClassVar[bool] = False
     num_calls: ClassVar[int] = 2
@@ -41,9 +41,6 @@ class ClassifierFree(Guidance):
         "draws more typical of their condition, from one network that was fitted to drop it"
     )
     gives_up: ClassVar[str] = "the law p(x | c); two network calls a step"
-
-    def __post_init__(self) -> None:
-        check_positive("scale", self.scale)
 
     @property
     def smooth(self) -> bool:

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from probgen.core import Positive
 from probgen.priors.conditioned import Conditioned, Covariance, Isotropic, Marginal
-from probgen.priors.guidance import Denoised, Guidance, Guided, check_positive
+from probgen.priors.guidance import Denoised, Guidance, Guided
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,11 @@ class DPS(Guidance):
     (False, False)
     """
 
-    zeta: float = 1.0
+    zeta: Positive = 1.0
     twist: ClassVar[bool] = False
     paper: ClassVar[str] = "Chung et al. 2023, arXiv 2209.14687 (DPS)"
     offers: ClassVar[str] = "any differentiable mean of a Gaussian observation; one network call a step"
     gives_up: ClassVar[str] = "the posterior: its noise is not in it, and zeta is tuned by eye"
-
-    def __post_init__(self) -> None:
-        check_positive("zeta", self.zeta)
 
     @property
     def smooth(self) -> bool:

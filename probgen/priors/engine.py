@@ -13,8 +13,8 @@ from torch import Tensor
 
 from probgen.core import (
     Cost,
+    Count,
     Engine,
-    InputError,
     NonFiniteWarning,
     Posterior,
     ProbgenError,
@@ -22,11 +22,10 @@ from probgen.core import (
     Support,
     Target,
     UnsupportedError,
-    check_count,
     describe,
 )
 from probgen.dynamics import GaussianInitial, listed
-from probgen.dynamics.fields import Output
+from probgen.dynamics.fields import Output, Steps
 from probgen.dynamics.multistep import Weights, call_times, exponential_weights, last_weights
 from probgen.priors.conditioned import Conditioned
 from probgen.priors.guidance import Guidance, Guided, PiGDM, level
@@ -59,22 +58,20 @@ class GuidedEngine(Engine):
     """
 
     guidance: Guidance = PiGDM()  # noqa: RUF009 - frozen
-    steps: int = 200
+    steps: Steps = 200
     grid: Grid | str = "quadratic"
-    batch_size: int | None = None
+    batch_size: Count | None = None
     stochasticity: ClassVar[float]
     kind = "approximate"
     guarantee = "approximate"
+    shares = "draws"
+    numbered = True
     conditions = True
     data_sets = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.guidance, Guidance):
-            raise InputError(f"guidance must be one such as PiGDM(), got {self.guidance!r}.")
-        check_count("steps", self.steps)
+        super().__post_init__()
         as_grid(self.grid)
-        if self.batch_size is not None:
-            check_count("batch_size", self.batch_size)
 
     def supports(self, program: Any) -> Support:
         """Whether it can be a program around a prior."""
@@ -90,13 +87,16 @@ class GuidedEngine(Engine):
         init: Posterior | None = None,
         state: Any = None,
         progress: bool = True,
+        first: int = 0,
     ) -> Posterior:
         """Draw from the posterior as the guidance has it; see `Engine.run`. `cost.gradients` are ways back."""
         started = time.perf_counter()
         conditioned = Conditioned(target)
         _check_alone(self, conditioned)
         steps = self._steps(conditioned.process)
-        batches = list(_batches(conditioned, seed, num_chains, num_draws, self.batch_size))
+        batches = list(
+            _batches(conditioned, seed, num_chains, range(first, first + num_draws), self.batch_size)
+        )
         num_calls = len(steps) * len(batches) * self.guidance.num_calls
         with (
             frozen(conditioned.prior.program),
@@ -231,11 +231,12 @@ def _check_alone(engine: GuidedEngine, conditioned: Conditioned) -> None:
 
 
 def _batches(
-    conditioned: Conditioned, seed: int, num_chains: int, num_draws: int, batch_size: int | None
+    conditioned: Conditioned, seed: int, num_chains: int, draws: range, batch_size: int | None
 ) -> Iterator[Noise]:
     dtype, rows = conditioned.latent.dtype, conditioned.num_sets
-    for first in range(0, num_draws, batch_size or num_draws):
-        count = min(batch_size or num_draws, num_draws - first)
+    size = batch_size or len(draws)
+    for first in draws[::size]:
+        count = min(size, draws.stop - first)
         yield Noise(seed, num_chains, count, conditioned.shape, dtype, conditioned.device, first, rows)
 
 

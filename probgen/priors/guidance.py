@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from probgen.core import InputError, Method
+from probgen.core import InputError, Method, Positive
 from probgen.priors.conditioned import Conditioned, Covariance, Isotropic, Marginal
 
 
@@ -155,12 +155,6 @@ def level(conditioned: Conditioned, t: float) -> tuple[float, float]:
     return float(alpha), float(sigma)
 
 
-def check_positive(name: str, value: float) -> None:
-    """Raise `InputError` unless `value` is > 0 and finite."""
-    if not 0 < value < float("inf"):
-        raise InputError(f"{name} must be > 0 and finite, got {value!r}.")
-
-
 @dataclass(frozen=True)
 class PiGDM(Guidance):
     """Pseudo-inverse guidance: C = r_t^2 I, r_t^2 = s^2 sigma^2 / (alpha^2 s^2 + sigma^2), exact for x_0 ~ N(m, s^2 I).
@@ -175,13 +169,10 @@ class PiGDM(Guidance):
     1.0
     """
 
-    prior_scale: float = 1.0
+    prior_scale: Positive = 1.0
     paper: ClassVar[str] = "Song et al. 2023, ICLR (PiGDM)"
     offers: ClassVar[str] = "the exact spread of x_0 for white Gaussian data; one network call a step"
     gives_up: ClassVar[str] = "the correlations of x_0 given x_t"
-
-    def __post_init__(self) -> None:
-        check_positive("prior_scale", self.prior_scale)
 
     def covariance(self, conditioned: Conditioned, look: Denoised) -> Covariance:
         """See `Guidance.covariance`."""

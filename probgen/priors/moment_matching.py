@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from probgen.core import check_count
+from probgen.core import Count
 from probgen.priors.conditioned import Conditioned, Covariance
 from probgen.priors.guidance import Denoised, Guidance
 
@@ -31,13 +31,10 @@ class MomentMatching(Guidance):
     64
     """
 
-    max_rows: int = 64
+    max_rows: Count = 64
     paper: ClassVar[str] = "Rozet et al. 2024, arXiv 2405.13712; Boys et al. 2023, arXiv 2310.06721"
     offers: ClassVar[str] = "the spread and the correlations of x_0 given x_t, for any prior"
     gives_up: ClassVar[str] = "time: as many ways back through the network as numbers were observed"
-
-    def __post_init__(self) -> None:
-        check_count("max_rows", self.max_rows)
 
     def covariance(self, conditioned: Conditioned, look: Denoised) -> Covariance:
         """See `Guidance.covariance`."""
@@ -49,7 +46,7 @@ class Tweedie:
     """C = (sigma^2/alpha) d x_0hat/d x_t, of which only products with C are worked out: a `Covariance`."""
 
     look: Denoised
-    max_rows: int
+    max_rows: Count
 
     def between(self, jacobian: Tensor) -> Tensor:
         """J C J', symmetric and positive, or its row sums on the diagonal; see `Covariance.between`."""

@@ -9,7 +9,7 @@ import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
-from probgen.core import InputError, describe
+from probgen.core import InputError, check_arguments, describe, shown
 
 
 class NoiseAware(TorchDistribution):
@@ -43,6 +43,9 @@ class NoiseAware(TorchDistribution):
     def __init__(
         self, classifier: Callable[[Tensor, Tensor], Tensor], x: Tensor, validate_args: bool | None = None
     ) -> None:
+        check_arguments(NoiseAware.__init__, locals())
+        if not x.numel():
+            raise InputError(f"NoiseAware: x must have values, got {shown(x)}.")
         self.classifier, self.x = classifier, x
         event = tuple(getattr(classifier, "event_shape", x.shape))
         super().__init__(x.shape[: x.ndim - len(event)], torch.Size(), validate_args=False)
@@ -88,9 +91,10 @@ class NoiseAware(TorchDistribution):
                 f"{describe(self.classifier)} failed: {error}. One without t knows clean data alone: give its logits "
                 "to a Categorical, which guidance then evaluates at E[x_0 | x_t]."
             ) from error
-        if logits.ndim != 2 or len(logits) != len(rows):
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(rows):
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else shown(logits)
             raise InputError(
-                f"NoiseAware: expected logits of shape ({len(rows)}, num_classes), got {tuple(logits.shape)}."
+                f"NoiseAware: expected logits of shape ({len(rows)}, num_classes) of the classifier, got {got}."
             )
         return logits.reshape(*batch, logits.shape[-1])
 

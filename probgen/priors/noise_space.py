@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from probgen.core import InputError, Target, check_count, did_you_mean
+from probgen.core import InputError, Target, check_fields, did_you_mean
 from probgen.dynamics import FIXED_STEP
+from probgen.dynamics.fields import Steps
 from probgen.priors.conditioned import Conditioned
 from probgen.priors.noise_maps import Carried, Solver, noise_map
 from probgen.processes import Grid, as_grid
@@ -51,12 +52,12 @@ class NoiseSpace:
     'rk4'
     """
 
-    steps: int = 6
+    steps: Steps = 6
     method: str = "rk4"
     grid: Grid | str = "quadratic"
 
     def __post_init__(self) -> None:
-        check_count("steps", self.steps)
+        check_fields(self)
         as_grid(self.grid)
         if self.method not in FIXED_STEP:
             raise InputError(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from probgen.core import (
     Batch,
+    Count,
     Energetic,
     Engine,
     EstimateKind,
@@ -18,11 +19,14 @@ from probgen.core import (
     Normalised,
     Program,
     UnsupportedError,
+    check_arguments,
     describe,
     given,
 )
 from probgen.distributions import FlowLaw, apart
 from probgen.dynamics import Velocity, floating_weight
+from probgen.randomness import forked_rng
+from probgen.targets import frozen, read, restored_store
 
 
 class Prior(TorchDistribution):
@@ -64,9 +68,10 @@ class Prior(TorchDistribution):
         program: Any,
         condition: Tensor | None = None,
         sampler: Engine | None = None,
-        num_steps: int = 25,
+        num_steps: Count = 25,
         validate_args: bool | None = None,
     ) -> None:
+        check_arguments(Prior.__init__, locals())
         _check(program, condition, sampler)
         self.program, self.condition, self.sampler, self.num_steps = program, condition, sampler, num_steps
         self.like = floating_weight(program).detach().reshape(-1)[:0]
@@ -134,13 +139,12 @@ class Prior(TorchDistribution):
         return x.reshape(shape)
 
     def _by_sampler(self, batch: Batch) -> Tensor:
-        from probgen.verbs import infer
-
         assert self.sampler is not None
         seed = int(torch.randint(2**62, ()))
         count = batch.size if batch.condition is None else 1
-        args = () if batch.condition is None else (batch.condition,)
-        return infer(self.program, self.sampler, args=args, num_draws=count, num_chains=1, seed=seed)["x"]
+        target = read(self.program, None, () if batch.condition is None else (batch.condition,))
+        with forked_rng(seed), frozen(self.program), restored_store():
+            return self.sampler.run(target, num_draws=count, num_chains=1, seed=seed, progress=False)["x"]
 
     def _by_model(self, batch: Batch) -> Tensor:
         from pyro import poutine
@@ -210,3 +214,5 @@ def _check(program: Any, condition: Any, sampler: Any) -> None:
         )
     if sampler is not None and not isinstance(sampler, Engine):
         raise InputError(f"sampler must be an engine such as Ancestral(), got {sampler!r}.")
+    if sampler is not None and not (support := sampler.supports(program)):
+        raise UnsupportedError(f"{describe(sampler)} cannot draw from {describe(program)}: {support.reason}.")

@@ -24,6 +24,8 @@ from probgen.core import (
     Site,
     Stepwise,
     Target,
+    check,
+    check_arguments,
     check_finite,
     describe,
     did_you_mean,
@@ -51,6 +53,7 @@ class Pair(nn.Module):
     """
 
     def __init__(self, model: Callable[..., Any], guide: Callable[..., Any] | None = None) -> None:
+        check_arguments(Pair.__init__, locals())
         super().__init__()
         self.model = model
         self.guide = guide
@@ -61,11 +64,13 @@ def named(data: Any) -> dict[str, Tensor]:
     if data is None:
         return {}
     by_name = dict(data) if isinstance(data, Mapping) else {"x": data}
+    check("data", by_name, Mapping[str, Any])
     for name, value in by_name.items():
         if not isinstance(value, Tensor):
             raise InputError(
                 f"Site {name!r}: expected a torch.Tensor, got {type(value).__name__}; use torch.as_tensor."
             )
+        check(f"Site {name!r}", value, Tensor)
         check_finite(f"Site {name!r}", value)
     return by_name
 
