@@ -114,7 +114,7 @@ class Within:
         """What to say to a value outside: an end that is there for a reason of its own only to what is beyond it."""
         if not self.why:
             return str(self)
-        beyond = isinstance(value, int | float) and value > self.high
+        beyond = isinstance(value, int | float) and not value < self.high
         return f"{self}: {self.why}" if beyond else str(replace(self, high=math.inf))
 
 
@@ -146,8 +146,10 @@ def check(name: str, value: Any, annotation: Any) -> None:
             return check(name, value, others[0])
     if not _fits(value, annotation):
         choices = [choice for part in (annotation, *parts) for choice in _choices(part)]
-        if isinstance(value, str) and choices:
-            raise InputError(f"Unknown {name} {shown(value)}; {did_you_mean(value, map(str, choices))}")
+        if choices and (isinstance(value, str) or kind is Literal):
+            known = f"known: {', '.join(map(repr, choices))}"
+            close = did_you_mean(value, map(str, choices)) if isinstance(value, str) else known
+            raise InputError(f"Unknown {name} {shown(value)}; {close}")
         raise InputError(f"{name} must {_wanted(annotation, value)}, got {shown(value)}.")
     return _check_parts(name, value, kind, parts)
 
@@ -334,7 +336,7 @@ def _wanted(annotation: Any, value: Any) -> str:
         return f"lie {limit}" if limit.startswith("in") else f"be {limit} and finite"
     if kind in (Union, UnionType):
         return " or ".join(_wanted(part, value) for part in parts).replace(" or be ", " or ")
-    if kind is Literal:
+    if kind is Literal:  # in a union with something else
         return f"be {' or '.join(map(repr, parts))}"
     if kind is NoneType:
         return "be None"
