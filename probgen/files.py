@@ -81,6 +81,16 @@ def unsealed(path: PathLike, content: bytes) -> bytes | None:
     return content[:size]
 
 
+def make_folder(path: PathLike) -> None:
+    """Make a folder, and those above it, where they are not there; `FileError` where they cannot be made."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise FileError(
+            f"The folder {str(path)!r} cannot be made: {_reason(error)}. Choose another."
+        ) from error
+
+
 def remove_parts(folder: PathLike) -> None:
     """Remove what `write_bytes` left in a folder when its process was killed."""
     for part in Path(folder).glob(f".*{PART}"):

@@ -17,12 +17,11 @@ from probgen.fingerprints import fingerprint, recipe
 from probgen.interrupts import stopping
 from probgen.progress import ticker
 from probgen.randomness import forked_rng
-from probgen.runs import Run
+from probgen.runs import PROGRAM, Run
 from probgen.training import Diverged, Rows, Training, training_mode
 from probgen.training import History as History
 from probgen.training import Optim as Optim
 
-PROGRAM = "program.safetensors"
 LOG_LINES = 1000
 
 

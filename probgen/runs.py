@@ -29,6 +29,7 @@ from probgen.core import DamagedFile, DamagedFileWarning, FileError, InputError,
 from probgen.files import (
     PART,
     PathLike,
+    make_folder,
     read_json,
     read_tensors,
     remove_parts,
@@ -39,6 +40,7 @@ from probgen.files import (
 
 FORMAT = "probgen run 1"
 CONFIG, LOG, CHECKPOINTS, FINISHED, LOCK = "run.json", "log.jsonl", "checkpoints", "finished.json", "lock"
+PROGRAM, POSTERIOR = "program.safetensors", "posterior.nc"  # what came of it
 COMMAND = "command.json"  # the command line's, which may be there first
 PACKAGES = ("probgen", "torch", "pyro-ppl", "numpy")
 SECONDS_APART, SHARE = (
@@ -85,7 +87,7 @@ class Checkpoints:
     def write(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Write one, then remove what is older than the last `keep`; `FileError` where there is no room."""
         started = time.perf_counter()
-        _make_folder(self.folder)
+        make_folder(self.folder)
         try:
             write_tensors(self.path(step), tensors, {"step": step, "facts": facts})
         except FileError as error:
@@ -171,7 +173,7 @@ class Run:
         self.resumed = False
 
     def __enter__(self) -> Run:
-        _make_folder(self.path)
+        make_folder(self.path)
         self._check()  # before the lock, so that another run is told from a busy one
         self._lock = _lock(self.path / LOCK)
         try:
@@ -308,14 +310,6 @@ def _differences(was: dict[str, Any], now: dict[str, Any], prefix: str = "") -> 
         elif old != new:
             told.append(f"{prefix}{name} was {old!r} and is {new!r}")
     return told
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise FileError(f"The folder {str(path)!r} cannot be made: {reason}. Choose another.") from error
 
 
 def _lock(path: Path) -> IO[str]:

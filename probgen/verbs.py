@@ -28,11 +28,9 @@ from probgen.files import PathLike
 from probgen.fingerprints import fingerprint, recipe
 from probgen.kernels.state import ChainState
 from probgen.randomness import forked_rng
-from probgen.runs import Run
+from probgen.runs import POSTERIOR, Run
 from probgen.sharing import draw_on
 from probgen.targets import frozen, read, restored_store
-
-POSTERIOR = "posterior.nc"
 
 
 def infer(  # noqa: PLR0913 -- what is drawn, from where, and where it is kept: each stands alone

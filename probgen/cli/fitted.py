@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,22 @@ from probgen.cli.naming import is_reference, own
 from probgen.cli.options import Parser, parameters, typed
 from probgen.core import DamagedFile, FileError, InputError
 from probgen.discovery import methods
-from probgen.files import read_json, write_json
+from probgen.files import make_folder, read_json, write_json
 from probgen.randomness import forked_rng
-from probgen.runs import COMMAND, read_run
+from probgen.runs import COMMAND, PROGRAM, read_run
 
-PROGRAM = "program.safetensors"
 SETTINGS = "program"
+
+
+@dataclass(frozen=True)
+class OwnProgram:
+    """Which program a run folder is of, where it cannot say so itself.
+
+    Args:
+        program: where a program of your own is found, file.py:Name; its run folder holds the weights alone.
+    """
+
+    program: str | None = None
 
 
 def slug(*names: str) -> str:
@@ -94,7 +104,7 @@ def make_program(kind: Any, event_shape: Sequence[int] | None, settings: Mapping
 def write_command(run: Path, program: str, data: str, options: Mapping[str, str], **facts: Any) -> None:
     """Note beside a run what was asked for: its names and options, and what else will be needed."""
     others = {name: text for name, text in options.items() if name not in ("data", "run")}
-    run.mkdir(parents=True, exist_ok=True)
+    make_folder(run)
     write_json(run / COMMAND, {"program": program, "data": data, "options": others, **facts})
 
 
@@ -146,10 +156,7 @@ def own_program(run: Path, reference: str) -> Any:
 
 def free_path(folder: Path, name: str, ending: str) -> Path:
     """`folder/name.ending`, or the first of `name-2`, `name-3`, ... that is not there yet; the folder is made."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(f"The folder {str(folder)!r} cannot be made: {error.strerror}.") from error
+    make_folder(folder)
     path, count = folder / f"{name}{ending}", 1
     while path.exists():
         count += 1

@@ -10,11 +10,19 @@ from typing import Any, TypeVar
 
 from probgen.core import DamagedFile, Posterior, ProbgenError, describe
 from probgen.files import read_json, read_tensors
-from probgen.runs import CHECKPOINTS, FINISHED, Checkpoints, RunRecord, read_run
+from probgen.runs import (
+    CHECKPOINTS,
+    COMMAND,
+    FINISHED,
+    POSTERIOR,
+    PROGRAM,
+    Checkpoints,
+    RunRecord,
+    read_run,
+)
 from probgen.saving import load
 
 T = TypeVar("T")
-COMMAND, PROGRAM, POSTERIOR = "command.json", "program.safetensors", "posterior.nc"
 DRAWS, EVIDENCE = "draws", "evidence"
 
 

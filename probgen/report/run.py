@@ -9,11 +9,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from probgen.report.findings import POSTERIOR, Findings, read_findings
+from probgen.report.findings import Findings, read_findings
 from probgen.report.page import Page
 from probgen.report.sections import about, draws, fitting, folder, likelihood, reconstructions
 from probgen.report.sections.folder import REPORT
 from probgen.report.story import Story
+from probgen.runs import POSTERIOR
 from probgen.targets import read
 
 

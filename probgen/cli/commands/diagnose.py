@@ -14,6 +14,7 @@ from probgen.cli.words import Answer
 from probgen.core import InputError
 from probgen.diagnostics.summary import Summary
 from probgen.report.entries import judge
+from probgen.runs import POSTERIOR
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def read_posterior(path: Path) -> Posterior:
     """The draws of a file; those of a run folder of `infer` are its posterior.nc."""
     from probgen.saving import load
 
-    path = path / "posterior.nc" if path.is_dir() else path
+    path = path / POSTERIOR if path.is_dir() else path
     posterior = load(path)
     if not isinstance(posterior, Posterior):
         raise InputError(f"{str(path)!r} holds a program, not draws: probgen diagnose reads .nc files.")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from probgen import Estimate, Quantised
 from probgen.cli.data import DataOptions, labels_for, observations
 from probgen.cli.drawing import Source
-from probgen.cli.fitted import free_path
+from probgen.cli.fitted import OwnProgram, free_path
 from probgen.cli.naming import method
 from probgen.cli.options import Parser
 from probgen.cli.words import Answer
@@ -24,42 +24,32 @@ _ABOUT = (
 )
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What the command adds.
-
-    Args:
-        program: where a program of your own is found, file.py:Name; its run folder holds the weights alone.
-    """
-
-    program: str | None = None
-
-
 def run(words: Sequence[str], *, progress: bool) -> Answer:  # noqa: ARG001 - the signature of every command
     """Estimate, keep and tell."""
     parser = Parser("evidence RUN ESTIMATOR", _ABOUT)
     parser.take(DataOptions, "data")
-    parser.take(Asked, "run")
+    parser.take(OwnProgram, "run")
     parser.take(evidence, "evidence", ("seed", "levels"))
     folder, name = parser.names(words, methods("evidence").values())
-    estimator = method("evidence", name)
-    parser.take(estimator, estimator.__name__)
+    kind = method("evidence", name)
+    parser.take(kind, kind.__name__)
     values = parser.values(words)
-    asked, wanted = Asked(**values["run"]), DataOptions(**values["data"])
+    asked, wanted = OwnProgram(**values["run"]), DataOptions(**values["data"])
+    estimator = kind(**values[kind.__name__])
     program = Source(folder, asked.program).program()
     data = wanted.read("held_out")
     condition = labels_for(program, data)
     estimate = evidence(
         program,
-        estimator(**values[estimator.__name__]),
+        estimator,
         data if isinstance(data, Quantised) else observations(data, values["evidence"].get("seed", 0)),
         args=() if condition is None else (condition,),
         **values["evidence"],
     )
-    path = free_path(Path(folder, "evidence"), estimator.__name__, ".json")
+    path = free_path(Path(folder, "evidence"), kind.__name__, ".json")
     facts = {
         "run": folder,
-        "estimator": str(estimator(**values[estimator.__name__])),
+        "estimator": str(estimator),
         "data": wanted.data,
         **facts_of(estimate),
     }

@@ -16,8 +16,8 @@ from probgen.cli.options import Parser
 from probgen.cli.words import Answer
 from probgen.discovery import methods
 from probgen.report.entries import judge
+from probgen.runs import POSTERIOR
 
-POSTERIOR = "posterior.nc"
 SHORTEST = 4  # draws of a chain, for a verdict
 _ABOUT = (
     "Draw what a program leaves open, given data (probgen list engines). The program is a fitted run, whose draws go "

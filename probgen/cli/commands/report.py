@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from probgen.cli.fitted import own_program
+from probgen.cli.fitted import OwnProgram, own_program
 from probgen.cli.options import Parser
 from probgen.cli.words import Answer
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What the command adds.
-
-    Args:
-        program: where a program of your own is found, file.py:Name; its run folder holds the weights alone.
-    """
-
-    program: str | None = None
 
 
 def run(words: Sequence[str], *, progress: bool) -> Answer:  # noqa: ARG001 - the signature of every command
@@ -27,9 +15,9 @@ def run(words: Sequence[str], *, progress: bool) -> Answer:  # noqa: ARG001 - th
     parser = Parser(
         "report RUN", "One page of a run, RUN/report.html: curves, pictures, tables, warnings with remedies."
     )
-    parser.take(Asked, "report")
+    parser.take(OwnProgram, "report")
     (folder,) = parser.names(words)
-    asked = Asked(**parser.values(words)["report"])
+    asked = OwnProgram(**parser.values(words)["report"])
     from probgen.report.run import report
 
     program = None if asked.program is None else own_program(Path(folder), asked.program)
