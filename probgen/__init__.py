@@ -46,15 +46,21 @@ _HOME = {
     "priors.classifier_free": ["ClassifierFree"],
     "priors.noise_space": ["NoiseSpace"],
     "priors.noise_aware": ["NoiseAware"],
+    "moves": ["GibbsMoves", "LangevinMoves"],
     "models": [
         "DDPM",
+        "EBM",
+        "RBM",
         "VAE",
+        "BoltzmannMachine",
         "ConditionalVAE",
         "ConjugateGaussian",
+        "DeepBoltzmannMachine",
         "Empirical",
         "GaussianChain",
         "Energy",
         "GaussianMixture",
+        "GaussianRBM",
         "Score",
         "SemiSupervisedVAE",
         "FlowMatching",
@@ -68,9 +74,12 @@ _HOME = {
         "ELBO",
         "IWAE",
         "ConditionalFlowMatching",
+        "ContrastiveDivergence",
         "DenoisingScoreMatching",
         "ExplicitScoreMatching",
         "ImplicitScoreMatching",
+        "NoiseContrastive",
+        "PersistentContrastiveDivergence",
         "SimpleLoss",
         "SlicedScoreMatching",
     ],
@@ -80,6 +89,7 @@ _HOME = {
         "SVI",
         "Ancestral",
         "DPMSolver",
+        "Gibbs",
         "Guide",
         "GuidedODE",
         "GuidedSDE",
@@ -100,7 +110,7 @@ _HOME = {
         "ParallelTempering",
         "UnderdampedLangevin",
     ],
-    "evidence": ["ELBOEstimate", "ImportanceWeighted", "ODELikelihood", "SMCEvidence"],
+    "evidence": ["AIS", "ELBOEstimate", "Enumeration", "ImportanceWeighted", "ODELikelihood", "SMCEvidence"],
     "diagnostics": [
         "agree",
         "c2st",
@@ -176,7 +186,9 @@ if TYPE_CHECKING:
     )
     from probgen.diagnostics import tarp as tarp
     from probgen.distributions import FlowLaw as FlowLaw
+    from probgen.evidence import AIS as AIS
     from probgen.evidence import ELBOEstimate as ELBOEstimate
+    from probgen.evidence import Enumeration as Enumeration
     from probgen.evidence import ImportanceWeighted as ImportanceWeighted
     from probgen.evidence import ODELikelihood as ODELikelihood
     from probgen.evidence import SMCEvidence as SMCEvidence
@@ -206,6 +218,7 @@ if TYPE_CHECKING:
         DPMSolver as DPMSolver,
     )
     from probgen.inference import FlowSDE as FlowSDE
+    from probgen.inference import Gibbs as Gibbs
     from probgen.inference import (
         Guide as Guide,
     )
@@ -228,16 +241,20 @@ if TYPE_CHECKING:
     from probgen.models import (
         DDPM as DDPM,
     )
+    from probgen.models import EBM as EBM
     from probgen.models import NCSN as NCSN
+    from probgen.models import RBM as RBM
     from probgen.models import (
         VAE as VAE,
     )
+    from probgen.models import BoltzmannMachine as BoltzmannMachine
     from probgen.models import (
         ConditionalVAE as ConditionalVAE,
     )
     from probgen.models import (
         ConjugateGaussian as ConjugateGaussian,
     )
+    from probgen.models import DeepBoltzmannMachine as DeepBoltzmannMachine
     from probgen.models import (
         Empirical as Empirical,
     )
@@ -249,6 +266,7 @@ if TYPE_CHECKING:
     from probgen.models import (
         GaussianMixture as GaussianMixture,
     )
+    from probgen.models import GaussianRBM as GaussianRBM
     from probgen.models import NeuralSDE as NeuralSDE
     from probgen.models import Pretrained as Pretrained
     from probgen.models import Score as Score
@@ -257,15 +275,20 @@ if TYPE_CHECKING:
         SemiSupervisedVAE as SemiSupervisedVAE,
     )
     from probgen.models import load_network as load_network
+    from probgen.moves import GibbsMoves as GibbsMoves
+    from probgen.moves import LangevinMoves as LangevinMoves
     from probgen.nets import MLP as MLP
     from probgen.nets import TimeMLP as TimeMLP
     from probgen.nets import UNet as UNet
     from probgen.objectives import ELBO as ELBO
     from probgen.objectives import IWAE as IWAE
     from probgen.objectives import ConditionalFlowMatching as ConditionalFlowMatching
+    from probgen.objectives import ContrastiveDivergence as ContrastiveDivergence
     from probgen.objectives import DenoisingScoreMatching as DenoisingScoreMatching
     from probgen.objectives import ExplicitScoreMatching as ExplicitScoreMatching
     from probgen.objectives import ImplicitScoreMatching as ImplicitScoreMatching
+    from probgen.objectives import NoiseContrastive as NoiseContrastive
+    from probgen.objectives import PersistentContrastiveDivergence as PersistentContrastiveDivergence
     from probgen.objectives import SimpleLoss as SimpleLoss
     from probgen.objectives import SlicedScoreMatching as SlicedScoreMatching
     from probgen.priors.classifier import ClassifierGuidance as ClassifierGuidance

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import probgen
 from probgen import Ancestral, Batch, UnsupportedError, infer
 from probgen.core import Energetic, Engine, Estimator, Guided, Program, ScoreOnly, describe
+from probgen.couplings import Pairwise
 from probgen.discovery import FOLDERS, methods
 from probgen.targets import Pair
 
@@ -37,14 +38,15 @@ def condition(program: Any, rows: int) -> Tensor | None:
 
 
 def is_unnormalised(program: Any) -> bool:
-    """Energies and scores: nobody draws from them by running them forwards."""
-    return isinstance(program, (Energetic, ScoreOnly))
+    """Energies, machines and scores: nobody draws from them by running them forwards."""
+    return isinstance(program, (Energetic, Pairwise, ScoreOnly))
 
 
 def data_of(program: Any, rows: int = 3) -> tuple[dict[str, Tensor], tuple[Any, ...]]:
     """Data drawn from the program itself, or of its shape, and the arguments it needs."""
     if is_unnormalised(program):
-        return {"x": torch.randn(rows, *program.event_shape)}, ()
+        x = torch.randn(rows, *program.event_shape)
+        return {"x": x if isinstance(program, (Energetic, ScoreOnly)) else (x > 0).to(x)}, ()
     c = condition(program, rows)
     args = () if c is None else (c,)
     draws = infer(program, Ancestral(), args=args, num_draws=1 if args else rows)["x"]

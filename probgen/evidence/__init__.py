@@ -9,13 +9,15 @@ from types import ModuleType
 from typing import Any
 
 from probgen.core import Estimate
+from probgen.evidence.ais import AIS
 from probgen.evidence.elbo import ELBOEstimate
+from probgen.evidence.enumeration import Enumeration
 from probgen.evidence.importance import ImportanceWeighted
 from probgen.evidence.ode import ODELikelihood
 from probgen.evidence.smc import SMCEvidence
 from probgen.verbs import evidence
 
-__all__ = ["ELBOEstimate", "ImportanceWeighted", "ODELikelihood", "SMCEvidence"]
+__all__ = ["AIS", "ELBOEstimate", "Enumeration", "ImportanceWeighted", "ODELikelihood", "SMCEvidence"]
 
 
 class _Verb(ModuleType):

@@ -7,6 +7,7 @@ from probgen.inference.constant_sgd import ConstantSGD
 from probgen.inference.ddim import DDIM
 from probgen.inference.dpm_solver import DPMSolver
 from probgen.inference.flow_sde import FlowSDE
+from probgen.inference.gibbs import Gibbs
 from probgen.inference.guide import Guide
 from probgen.inference.guided_ode import GuidedODE
 from probgen.inference.guided_sde import GuidedSDE
@@ -39,6 +40,7 @@ __all__ = [
     "ConstantSGD",
     "DPMSolver",
     "FlowSDE",
+    "Gibbs",
     "Guide",
     "GuidedODE",
     "GuidedSDE",

@@ -59,20 +59,20 @@ class Energy(Recorded):
     def model(self, batch: Batch) -> Tensor:
         """x flat, with a factor exp(-E(x)) a row: a density up to a constant, of which nobody can draw forwards."""
         with batch.plate():
-            x = pyro.sample("x", _Undrawable(self.event_shape))
+            x = pyro.sample("x", Undrawable(self.event_shape))
             pyro.factor("-energy", -self.energy(x))
         return x
 
 
-class _Undrawable(ImproperUniform):
+class Undrawable(ImproperUniform):
     """The flat law over an event; asked for a draw it says who draws."""
 
     def __init__(self, event_shape: tuple[int, ...], batch_shape: tuple[int, ...] = ()) -> None:
         support = constraints.independent(constraints.real, len(event_shape))
         super().__init__(support, torch.Size(batch_shape), torch.Size(event_shape))
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> _Undrawable:
-        return _Undrawable(self.event_shape, batch_shape)
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Undrawable:
+        return Undrawable(self.event_shape, batch_shape)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         raise UnsupportedError(

@@ -30,6 +30,7 @@ from probgen.core import (
     describe,
     did_you_mean,
 )
+from probgen.couplings import Pairwise
 from probgen.randomness import forked_rng
 from probgen.targets.bijections import bijection
 from probgen.targets.observing import Observing
@@ -59,8 +60,8 @@ class Pair(nn.Module):
         self.guide = guide
 
 
-def named(data: Any) -> dict[str, Tensor]:
-    """Observations by site name: a mapping as it is, a bare tensor as site "x"; everything checked to be finite."""
+def named(data: Any, missing: bool = False) -> dict[str, Tensor]:
+    """Observations by site name: a mapping as it is, a bare tensor as site "x"; all finite, or NaN if `missing`."""
     if data is None:
         return {}
     by_name = dict(data) if isinstance(data, Mapping) else {"x": data}
@@ -71,7 +72,7 @@ def named(data: Any) -> dict[str, Tensor]:
                 f"Site {name!r}: expected a torch.Tensor, got {type(value).__name__}; use torch.as_tensor."
             )
         check(f"Site {name!r}", value, Tensor)
-        check_finite(f"Site {name!r}", value)
+        check_finite(f"Site {name!r}", value.nan_to_num(nan=0.0) if missing else value)
     return by_name
 
 
@@ -90,7 +91,7 @@ def read(
     """
     if isinstance(data, DataSets):
         return _read_sets(program, named(data.values), args)
-    observed = named(data)
+    observed = named(data, missing=isinstance(program, Pairwise))
     if isinstance(program, Program):
         check_event(program, observed)
         args = (_batch(observed, args, num_rows),)
@@ -248,7 +249,9 @@ class FlatStart(Messenger):
             return
         law = innermost(msg["fn"])
         if hasattr(law, "stand_in"):
-            msg["value"], msg["done"] = law.stand_in().expand(msg["fn"].shape()), True
+            value = law.stand_in().expand(msg["fn"].shape())
+            improper = isinstance(law, ImproperUniform)
+            msg["value"], msg["done"] = value.to(self.dtype) if improper else value, True
         elif isinstance(law, ImproperUniform):
             transform = bijection(msg["fn"])
             shape = msg["fn"].shape()

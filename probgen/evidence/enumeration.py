@@ -1,0 +1,118 @@
+"""Exact log p(x) of machines small enough to be summed over all their states."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from torch import Tensor
+
+from probgen.core import Cost, Estimate, Estimator, InputError, Target, Within
+from probgen.couplings import Couplings, Pairwise
+
+_AT_ONCE = 2**15  # states
+
+
+@dataclass(frozen=True)
+class Enumeration(Estimator):
+    """log p(x) = log sum_h exp(-E(x, h)) - log sum_{x, h} exp(-E(x, h)), every sum over all states: exact.
+
+    Layers that are independent given the others are summed in closed form, so that of an RBM only the states of its
+    smaller layer are visited.
+
+    Args:
+        max_units: units whose states are visited, 2^max_units at most.
+
+    Raises:
+        InputError: more units than that.
+
+    Source: none needed; the oracle for all estimates of log Z.
+
+    >>> from probgen.models.rbm import example
+    >>> from probgen.verbs import evidence
+    >>> bool(evidence(example(), Enumeration(), torch.ones(1, 4)).value < 0)
+    True
+    """
+
+    max_units: Annotated[int, Within(1, 32, why="2^max_units states are visited")] = 25
+    needs = (Pairwise,)
+    paper: ClassVar[str] = "Salakhutdinov & Murray 2008, ICML"
+    offers: ClassVar[str] = "exact log p(x) and log Z"
+    gives_up: ClassVar[str] = "machines of more than 25 units to sum over"
+
+    def estimate(self, target: Target, *, seed: int) -> Estimate:
+        """log p of each row; see `Estimator.estimate`."""
+        started, couplings = time.perf_counter(), target.program.couplings()
+        x = target.data["x"].flatten(1).to(couplings.biases["x"].dtype)
+        log_z = log_partition(couplings, self.max_units)
+        hidden = [site for site in couplings.sites if site != "x"]
+        value = (
+            torch.stack([log_sum(couplings, {"x": row[None]}, hidden, self.max_units) for row in x]) - log_z
+        )
+        return Estimate(
+            value,
+            torch.zeros_like(value),
+            "exact",
+            event_size=x.shape[1],
+            diagnostics={"log_partition": log_z.expand(len(x))},
+            cost=Cost(seconds=time.perf_counter() - started),
+            convention="nats of binary data; the sum over all states",
+        )
+
+
+def log_partition(couplings: Couplings, max_units: int = 25) -> Tensor:
+    """log Z, `()`: by visiting the states of the fewest units that make all others independent."""
+    return log_sum(couplings, {}, list(couplings.sites), max_units)
+
+
+def log_sum(couplings: Couplings, given: dict[str, Tensor], free: list[str], max_units: int) -> Tensor:
+    """log of the sum of exp(-E) over the states of the layers `free`, the others given, each in one row: `()`."""
+    visited = _visited(couplings, free)
+    size = sum(len(couplings.biases[site]) for site in visited)
+    gaussian = [site for site in visited if site in couplings.scales]
+    if gaussian:
+        raise InputError(f"Layer {gaussian[0]!r} is Gaussian: its states cannot be enumerated.")
+    if size > max_units:
+        raise InputError(
+            f"Enumeration would visit 2^{size} states of {', '.join(visited)}, and goes up to 2^{max_units}. Estimate "
+            "log Z by AIS() instead."
+        )
+    parts = []
+    for first in range(0, 2**size, _AT_ONCE):
+        rows = states(size, first, min(_AT_ONCE, 2**size - first))
+        state = {site: value.expand(len(rows), -1) for site, value in given.items()}
+        state |= _by_layer(couplings, visited, rows.to(couplings.biases["x"].dtype))
+        parts.append(torch.logsumexp(-couplings.free_energy(state).reshape(-1), 0))
+    return torch.stack(parts).logsumexp(0)
+
+
+def states(size: int, first: int = 0, count: int | None = None) -> Tensor:
+    """Rows `first .. first + count - 1` of the states of binary units, in the order of counting: `(count, size)`."""
+    numbers = torch.arange(first, first + (2**size if count is None else count))
+    return (numbers[:, None] >> torch.arange(size - 1, -1, -1)) & 1
+
+
+def _visited(couplings: Couplings, free: list[str]) -> list[str]:
+    """The free layers whose states are visited: all but the largest group of free layers that are independent."""
+    inside = [site for site in free if (site, site) in couplings.weights]
+    groups = [[site for site in group if site in free and site not in inside] for group in couplings.colours]
+    summed = max(
+        groups, key=lambda group: (any(s in couplings.scales for s in group), _size(couplings, group))
+    )
+    return [site for site in free if site not in summed]
+
+
+def _size(couplings: Couplings, sites: list[str]) -> int:
+    return sum(len(couplings.biases[site]) for site in sites)
+
+
+def _by_layer(couplings: Couplings, sites: list[str], rows: Tensor) -> dict[str, Tensor]:
+    sizes = [len(couplings.biases[site]) for site in sites]
+    return dict(zip(sites, rows.split(sizes, dim=1), strict=True)) if sites else {}
+
+
+def example() -> Enumeration:
+    """Up to 2^25 states."""
+    return Enumeration()
