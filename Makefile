@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[test]'
 	@touch $@
 
-demo: setup  ## real digits, two programs, every engine; ends with runs/demo/report.html
+demo: setup  ## real digits, five programs, engine after engine; ends with runs/demo/report.html
 	$(BIN)/probgen demo
 
 docs: setup  ## the documentation, in build/docs

@@ -46,6 +46,7 @@ _HOME = {
     "priors.classifier_free": ["ClassifierFree"],
     "priors.noise_space": ["NoiseSpace"],
     "priors.noise_aware": ["NoiseAware"],
+    "greedy": ["pretrain"],
     "moves": ["GibbsMoves", "LangevinMoves"],
     "models": [
         "DDPM",
@@ -55,12 +56,14 @@ _HOME = {
         "BoltzmannMachine",
         "ConditionalVAE",
         "ConjugateGaussian",
+        "DeepBeliefNet",
         "DeepBoltzmannMachine",
         "Empirical",
         "GaussianChain",
         "Energy",
         "GaussianMixture",
         "GaussianRBM",
+        "TwinRBM",
         "Score",
         "SemiSupervisedVAE",
         "FlowMatching",
@@ -82,6 +85,7 @@ _HOME = {
         "PersistentContrastiveDivergence",
         "SimpleLoss",
         "SlicedScoreMatching",
+        "SmoothedScoreMatching",
     ],
     "inference": [
         "DDIM",
@@ -195,6 +199,7 @@ if TYPE_CHECKING:
     from probgen.fitting import History as History
     from probgen.fitting import Optim as Optim
     from probgen.fitting import fit as fit
+    from probgen.greedy import pretrain as pretrain
     from probgen.inference import (
         DDIM as DDIM,
     )
@@ -254,6 +259,7 @@ if TYPE_CHECKING:
     from probgen.models import (
         ConjugateGaussian as ConjugateGaussian,
     )
+    from probgen.models import DeepBeliefNet as DeepBeliefNet
     from probgen.models import DeepBoltzmannMachine as DeepBoltzmannMachine
     from probgen.models import (
         Empirical as Empirical,
@@ -274,6 +280,7 @@ if TYPE_CHECKING:
     from probgen.models import (
         SemiSupervisedVAE as SemiSupervisedVAE,
     )
+    from probgen.models import TwinRBM as TwinRBM
     from probgen.models import load_network as load_network
     from probgen.moves import GibbsMoves as GibbsMoves
     from probgen.moves import LangevinMoves as LangevinMoves
@@ -291,6 +298,7 @@ if TYPE_CHECKING:
     from probgen.objectives import PersistentContrastiveDivergence as PersistentContrastiveDivergence
     from probgen.objectives import SimpleLoss as SimpleLoss
     from probgen.objectives import SlicedScoreMatching as SlicedScoreMatching
+    from probgen.objectives import SmoothedScoreMatching as SmoothedScoreMatching
     from probgen.priors.classifier import ClassifierGuidance as ClassifierGuidance
     from probgen.priors.classifier_free import ClassifierFree as ClassifierFree
     from probgen.priors.dps import DPS as DPS

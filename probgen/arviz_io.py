@@ -127,12 +127,16 @@ def unavailable(posterior: Posterior, group: str) -> str:
         return reason
     if not observed(target):
         return "nothing was observed"
+    if group == "observed_data":
+        return ""
     if group in ("log_likelihood", "posterior_predictive"):
         missing = unrecorded(posterior, summed_out=group == "log_likelihood")
-        return f"latent sites {', '.join(map(repr, missing))} have no draws" if missing else ""
-    if group.startswith("prior") and (names := improper(target)):
-        return f"sites {', '.join(map(repr, names))} have improper priors"
-    return ""
+        if missing:
+            return f"latent sites {', '.join(map(repr, missing))} have no draws"
+        names = [name for name in improper(target) if name in observed(target)]
+        return f"observed sites {', '.join(map(repr, names))} have no law of their own" if names else ""
+    names = improper(target)
+    return f"sites {', '.join(map(repr, names))} have improper priors" if names else ""
 
 
 def build(arviz: ModuleType, groups: Groups) -> Any:

@@ -768,13 +768,15 @@ def process_support(program: Any) -> Support:
 class Engine(Method):
     """Draws from a program given what was observed. Subclasses are frozen dataclasses of a few hyper-parameters.
 
-    Class attributes: `needs` (capabilities), `conditions` (can it take observations?), `data_sets` (several side by
-    side?), `kind`, `guarantee` of its draws, `default_chains`, and for `probgen list`: `offers`, `gives_up`, `paper`.
+    Class attributes: `needs` (capabilities), `conditions` (can it take observations?), `completes` (does it draw what
+    is NaN in them?), `data_sets` (several side by side?), `kind`, `guarantee` of its draws, `default_chains`, and for
+    `probgen list`: `offers`, `gives_up`, `paper`.
     """
 
     kind: ClassVar[PosteriorKind]
     guarantee: ClassVar[Guarantee]
     conditions: ClassVar[bool] = False
+    completes: ClassVar[bool] = False
     data_sets: ClassVar[bool] = False
     default_chains: ClassVar[int] = 1
     shares: ClassVar[Literal["draws", "chains"] | None] = "chains"

@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from probgen.core import InputError, Program
+from probgen.core import InputError, Program, UnsupportedError, describe
+
+_FAR = 10  # root mean square distance of data from a Gaussian layer's biases, in scales
 
 State = Mapping[str, Tensor]
 """Values of the layers by name, each `(batch, n_l)`."""
@@ -91,7 +93,7 @@ class Couplings:
         mean = self.mean(site, state)
         if site in self.scales:
             return mean + self.scales[site] * torch.randn_like(mean)
-        return (torch.rand_like(mean) < mean).to(mean.dtype)  # three times as fast as mean.bernoulli()
+        return torch.rand_like(mean).lt_(mean)  # three times as fast as mean.bernoulli()
 
     def energy(self, state: State) -> Tensor:
         """E(s) in nats, `(batch,)`."""
@@ -122,26 +124,48 @@ class Couplings:
         biases = {site: beta * bias + (1 - beta) * base[site] for site, bias in self.biases.items()}
         return Couplings(self.weights, biases, self.scales, beta)
 
-    def statistics(self, state: State) -> Couplings:
-        """Averages over the batch of what multiplies each parameter in -E: their gradients, without autograd."""
-        size = len(next(iter(state.values())))
+    def statistics(self, state: State, share: Tensor) -> Couplings:
+        """Sums over rows of what multiplies each parameter in -E: their gradients, without autograd.
+
+        A row counts as often as its `share`, `(batch,)`, says: 1 / batch each for averages.
+        """
         return Couplings(
             {
-                (left, right): self._unit(left, state).mT @ self._unit(right, state) / size
+                (left, right): (share[:, None] * self._unit(left, state)).mT @ self._unit(right, state)
                 for left, right in self.weights
             },
-            {site: self._bias_statistic(site, state[site]).mean(0) for site in self.sites},
+            {site: share @ self._bias_statistic(site, state[site]) for site in self.sites},
         )
 
     def dot(self, statistics: Couplings) -> Tensor:
-        """sum of parameters times statistics, `()`: -E averaged over a batch, up to what no parameter multiplies."""
+        """sum of parameters times statistics, `()`: -E summed over a batch, up to what no parameter multiplies."""
         total = torch.zeros(())
         for (left, right), weight in self.weights.items():
-            product = (weight * statistics.weights[left, right]).sum()
+            product = weight.flatten() @ statistics.weights[left, right].flatten()
             total = total + (product / 2 if left == right else product)
         for site, bias in self.biases.items():
-            total = total + (bias * statistics.biases[site]).sum()
+            total = total + bias @ statistics.biases[site]
         return total
+
+    def check(self, site: str, value: Tensor) -> None:
+        """Raise `InputError` unless a layer can have these values, `(batch, n_l)`: 0 and 1, or within its reach."""
+        if site in self.scales:
+            far = float(((value - self.biases[site]) / self.scales[site]).detach().square().mean().sqrt())
+            if far > _FAR:
+                raise InputError(
+                    f"Site {site!r}: values {value.min():.4g}..{value.max():.4g} are {far:.3g} scales from the biases "
+                    "of a Gaussian layer (root mean square; expected about 1). Standardise the data, (x - mean) / sd, "
+                    "begin at their means by set_rates(x), or make the machine with a larger scale."
+                )
+        elif not torch.equal(value, value.bool().to(value.dtype)):
+            raise InputError(
+                f"Site {site!r}: binary units are 0 or 1, got values {value.min():.4g}..{value.max():.4g}. Binarise "
+                "the data, e.g. by probgen.data.binarise_threshold, or take Gaussian units, GaussianRBM."
+            )
+
+    def independent(self, sites: Iterable[str]) -> bool:
+        """Whether units of these layers are independent of one another given those of the others."""
+        return not any(set(pair) <= set(sites) for pair in self.weights)
 
     def zeros(self, rows: int) -> dict[str, Tensor]:
         """A state of `rows` rows with nothing on."""
@@ -204,4 +228,18 @@ class Pairwise(Program, Protocol):
     """A Boltzmann machine: units with pairwise couplings, drawn layer by layer given the others."""
 
     def couplings(self) -> Couplings:
-        """Its energy, temperature included; site "x" is what data show, flat."""
+        """Its energy, temperature included; site "x" is what data show, flat.
+
+        Where "x" is none of the layers, they are the top of a program that goes on downwards from them.
+        """
+
+
+def seen_couplings(program: Pairwise) -> Couplings:
+    """The energy of a program whose data are units of it; `UnsupportedError` where they are below its top."""
+    couplings = program.couplings()
+    if "x" not in couplings.sites:
+        raise UnsupportedError(
+            f"{describe(program)} is a Boltzmann machine in its layers {', '.join(couplings.sites)} alone, of which no "
+            "data show anything. Fit it by pretrain(), and take its evidence by AIS()."
+        )
+    return couplings

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from probgen.core import Count, Energetic, NonNegative, Positive, UnsupportedError, check_fields, describe
-from probgen.couplings import Couplings, Pairwise
+from probgen.couplings import Couplings, Pairwise, seen_couplings
 
 State = dict[str, Tensor]
 
@@ -43,11 +43,13 @@ class GibbsMoves:
         check_fields(self)
 
     def start(self, program: Any, x: Tensor) -> State:
-        """x, and every layer above it as it is likely given the ones below."""
+        """x, and every layer above it as it is likely given the ones below; as it may be where x alone moves it."""
         couplings = _couplings(program)
         state = couplings.zeros(len(x)) | {"x": x.flatten(1)}
-        for site in couplings.sites[1:]:
-            state[site] = couplings.draw(site, state)
+        above = couplings.sites[1:]
+        if not couplings.independent(above):
+            for site in above:
+                state[site] = couplings.draw(site, state)
         return state
 
     def move(self, program: Any, state: State) -> State:
@@ -115,4 +117,4 @@ def _couplings(program: Any) -> Couplings:
         raise UnsupportedError(
             f"GibbsMoves need a Boltzmann machine, got {describe(program)}: LangevinMoves()?"
         )
-    return program.couplings()
+    return seen_couplings(program)

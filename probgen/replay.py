@@ -46,12 +46,9 @@ def observations(target: Target) -> dict[str, Tensor]:
 
 
 def improper(target: Target) -> list[str]:
-    """Latent sites whose law is improper: nothing can simulate them."""
-    return [
-        name
-        for name, node in _once(target).items()
-        if not node["is_observed"] and isinstance(innermost(node["fn"]), ImproperUniform)
-    ]
+    """Sites whose law is improper: nothing can simulate them."""
+    nodes = _once(target)
+    return [name for name, node in nodes.items() if isinstance(innermost(node["fn"]), ImproperUniform)]
 
 
 def one_at_a_time(posterior: Posterior) -> str:
@@ -112,6 +109,11 @@ def predictions(
     target = read(old.program, None, args) if args else old
     names = _require_observed(old)
     _require_draws(posterior, summed_out=False)
+    if undrawn := sorted(names & set(improper(old))):
+        raise InputError(
+            f"Nothing can predict {', '.join(map(repr, undrawn))}: {describe(old.program)} gives it no law of its own, "
+            "but an energy together with other sites. Draw all of them, infer(program, engine)."
+        )
     kept = _evenly_spaced(posterior.num_draws, num_draws)
     held = {site: posterior[site][:, kept].flatten(0, 1) for site in _held(posterior)}
     if args:

@@ -89,7 +89,8 @@ def _share(
     numbered = {"first": mine[0]} if engine.numbered else {}
     stream = time_key(float(seed), float(mine[0])) % 2**63 if mine[0] else seed
     with on(program, group.device), Networks(program, devices).running():
-        target = read(program, *tree_map(lambda value: _moved(value, group.device), (data, args)))
+        moved = tree_map(lambda value: _moved(value, group.device), (data, args))
+        target = read(program, *moved, missing=engine.completes)
         with forked_rng(stream), frozen(program), restored_store():
             drawn = engine.run(
                 target,

@@ -87,7 +87,7 @@ def infer(  # noqa: PLR0913 -- what is drawn, from where, and where it is kept: 
         num_chains = getattr(state, "num_chains", engine.default_chains)
     devices = Devices.of(devices)
     _check_support(program, engine, "inference")
-    target = read(program, data, args)
+    target = read(program, data, args, missing=engine.completes)
     if target.data and not engine.conditions:
         able = _alternatives(program, "inference", lambda other: getattr(other, "conditions", False))
         raise UnsupportedError(

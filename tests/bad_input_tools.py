@@ -43,6 +43,7 @@ import probgen
 from probgen import verbs
 from probgen.conditioning import Condition
 from probgen.core import Batch, Cost, Engine, Estimator, NonFiniteWarning, ProbgenError, Terms
+from probgen.couplings import Pairwise
 from probgen.diagnostics import Mesh, flow_plots
 from probgen.discovery import FOLDERS
 from probgen.nets import GaussianMLP
@@ -282,6 +283,15 @@ def rows(num_rows: int = 12) -> Tensor:
     return torch.randn(num_rows, 2, generator=torch.Generator().manual_seed(1))
 
 
+def bits(num_rows: int = 12) -> Tensor:
+    return (rows(num_rows) > 0).float()
+
+
+def machine() -> Any:
+    torch.manual_seed(0)
+    return probgen.RBM((2,), num_hidden=2)
+
+
 def mixture() -> Any:
     return probgen.GaussianMixture(
         torch.tensor([0.3, 0.7]), torch.tensor([[-1.0, 0.0], [1.0, 0.5]]), torch.eye(2).repeat(2, 1, 1)
@@ -390,6 +400,17 @@ WORKING: dict[str, Callable[[], dict[str, Any]]] = {
     "GaussianChain": lambda: {"loc": torch.zeros(2), "covariance": torch.eye(2), "num_steps": 5},
     "Empirical": lambda: {"data": rows()},
     "Energy": lambda: {"function": square, "event_shape": (2,)},
+    "EBM": lambda: {"network": square, "event_shape": (2,)},
+    "BoltzmannMachine": lambda: {"event_shape": (3,), "num_hidden": 1},
+    "RBM": lambda: {"event_shape": (3,), "num_hidden": 2},
+    "GaussianRBM": lambda: {"event_shape": (3,), "num_hidden": 2},
+    "TwinRBM": lambda: {"event_shape": (3,), "num_hidden": 2, "visible_copies": 2},
+    "DeepBeliefNet": lambda: {"event_shape": (3,), "widths": (2, 2)},
+    "pretrain": lambda: {
+        "machine": probgen.DeepBeliefNet((2,), (2, 2)), "data": bits(), "objective": probgen.ContrastiveDivergence(),
+        "num_steps": 2, "batch_size": 4, "progress": False,
+    },
+    "DeepBoltzmannMachine": lambda: {"event_shape": (3,), "widths": (2, 2)},
     "Score": lambda: {"function": torch.neg, "event_shape": (2,)},
     "DDPM": lambda: {"network": net(), "num_steps": 5},
     "ScoreSDE": lambda: {"network": net()},
@@ -419,6 +440,7 @@ WORKING: dict[str, Callable[[], dict[str, Any]]] = {
     "nets.usual_denoiser": lambda: {"event_shape": (2,), "width": 8, "condition": None},
     "Labels": lambda: {"num_classes": 3},
     "Vector": lambda: {"shape": (2,)},
+    "data.Binarised": lambda: {"quantised": probgen.digits()[0]},
     "Quantised": lambda: {"levels": levels, "num_levels": 12, "labels": torch.arange(3)},
     "data.dequantise": lambda: {"levels": levels, "num_levels": 12},
     "data.quantise": lambda: {"x": rows(), "num_levels": 12},
@@ -540,6 +562,7 @@ def _programs() -> Iterator[tuple[Any, dict[str, Any]]]:
     yield seen, {"data": SEEN}
     yield normal, {"data": ROWS}
     yield mixture(), {}
+    yield machine(), {"data": {"x": bits(2)}}
     yield probgen.VAE.mlp((2,), 1, (4,)), {"data": {"x": rows(4)}}
     yield minibatches, {"data": ROWS}
     yield probgen.NCSN(net(), num_levels=3), {}
@@ -551,7 +574,7 @@ def use_estimator(estimator: Any) -> Any:
     if is_long(estimator):
         return None
     vae = probgen.VAE.mlp((2,), 1, (4,))
-    for program, data in ((vae, rows(3)), (mixture(), rows(3)), (seen, SEEN)):
+    for program, data in ((vae, rows(3)), (mixture(), rows(3)), (seen, SEEN), (machine(), bits(3))):
         if estimator.supports(program):
             return probgen.evidence(program, estimator, data)
     return None
@@ -560,9 +583,17 @@ def use_estimator(estimator: Any) -> Any:
 def use_objective(objective: Any) -> Any:
     if is_long(objective):
         return None
-    for program in (probgen.VAE.mlp((2,), 1, (4,)), probgen.ScoreSDE(net()), probgen.FlowMatching(net())):
+    programs = (
+        probgen.VAE.mlp((2,), 1, (4,)),
+        probgen.ScoreSDE(net()),
+        probgen.FlowMatching(net()),
+        probgen.EBM.mlp((2,), widths=(4,)),
+    )
+    for program in programs:
         with contextlib.suppress(probgen.UnsupportedError):
             return objective.loss(program, Batch({"x": rows(4)})).detach()
+    with contextlib.suppress(probgen.UnsupportedError):
+        return objective.loss(machine(), Batch({"x": bits(4)})).detach()
     return None
 
 
@@ -584,7 +615,9 @@ def use_grid(grid: Any) -> Any:
 
 
 def use_program(program: Any) -> Any:
-    if isinstance(program, (probgen.Energy, probgen.Score)):
+    if isinstance(program, Pairwise):
+        return probgen.infer(program, probgen.Gibbs(num_warmup=2), num_draws=2)
+    if isinstance(program, (probgen.EBM, probgen.Energy, probgen.Score)):
         return probgen.infer(program, probgen.ULA(num_warmup=2), num_draws=2)
     condition = getattr(program, "condition", None)
     size = getattr(program, "condition_dim", None)

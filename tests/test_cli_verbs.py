@@ -131,6 +131,21 @@ def test_fit_says_what_came_of_it_and_what_to_do_next(say: Say, folder: Path) ->
     assert command["options"] == {"num-steps": "2", "width": "8", "batch-size": "4"}
 
 
+def test_a_boltzmann_machine_from_digits_to_log_z(say: Say) -> None:
+    """Pixels on or off, the objective of machines, and the commands that serve them next."""
+    told = say("fit RBM --data digits --binarise --num-hidden 4 --num-steps 3 --run runs/rbm")
+    assert told.code == 0
+    assert "probgen sample runs/rbm Gibbs" in told.err
+    assert "probgen evidence runs/rbm AIS --data digits --binarise" in told.err
+    assert say("sample runs/rbm Gibbs --num-draws 2 --num-warmup 2").code == 0
+    estimate = say("evidence runs/rbm AIS --data digits --binarise --rows 5 --num-temperatures 20 --json")
+    assert estimate.facts["kind"] == "unbiased"
+    grey = say("fit RBM --data digits --num-steps 3 --run runs/grey")
+    assert (grey.code, "0 or 1" in grey.err, "binarise" in grey.err) == (2, True, True)
+    table = say("fit RBM --data trial.csv --binarise --num-steps 3 --run runs/table")
+    assert (table.code, "--binarise takes images" in table.err) == (2, True)
+
+
 def test_fit_is_what_python_does(say: Say, folder: Path) -> None:
     table = torch.tensor([list(map(float, line.split(","))) for line in TABLE.splitlines()[1:]])
     torch.manual_seed(3)

@@ -65,6 +65,8 @@ ENGINES = (
     "Guide",
     "SVI",
     "NUTS",
+    "Gibbs",
+    "HMC",
 )
 
 
@@ -72,7 +74,7 @@ def test_the_one_table_names_every_engine_and_estimator_of_the_demo(run: tuple[P
     _, printed = run
     table = printed.split("What it cost and what it is worth\n")[1].split("\n\n")[0]
     assert table.splitlines()[0].split("  ")[0] == "program"
-    for name in (*ENGINES, "ELBOEstimate", "ImportanceWeighted"):
+    for name in (*ENGINES, "ELBOEstimate", "ImportanceWeighted", "AIS"):
         assert name in table
     for word in ("floor", "bits/dim", "R-hat", "ESS", "divergences", "NUTS"):
         assert word in table
@@ -93,7 +95,14 @@ def test_one_page_holds_all_pictures_the_table_and_the_advice(run: tuple[Path, s
     page = check_page(folder / REPORT)
     # Traces of the two approximate engines stay beside the page.
     assert len(page.all("img")) == len(list(folder.glob("*.png"))) - 2
-    for name in (*ENGINES, "upper_half_seen", "KL of each step", "The classifier reads only", "Worst R-hat"):
+    for name in (
+        *ENGINES,
+        "upper_half_seen",
+        "KL of each step",
+        "The classifier reads only",
+        "Worst R-hat",
+        "area under the curve",
+    ):
         assert name in page.text
     assert "weights of 2 of 2 data sets collapsed" in page.text  # eight particles are few, and it says so
 

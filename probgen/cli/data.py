@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from probgen.core import InputError, check_count
-from probgen.data import Quantised
+from probgen.data import Binarised, Quantised
 from probgen.data_files import Data, Part, Table, read_data
 from probgen.randomness import forked_rng
 
@@ -26,13 +26,15 @@ class DataOptions:
         data: digits, mnist:FOLDER, a .csv, .tsv, .npy or .npz file, or a folder of images.
         columns: of a table, the columns to take, apart by commas; all by default.
         rows: the first so many rows; all by default.
+        binarise: make pixels on or off, by chance as bright as they are: what Boltzmann machines take.
     """
 
     data: str
     columns: tuple[str, ...] | None = None
     rows: int | None = None
+    binarise: bool = False
 
-    def read(self, part: Part) -> Data:
+    def read(self, part: Part) -> Data | Binarised:
         """The rows and columns that were asked for."""
         data = read_data(self.data, part)
         if self.columns is not None:
@@ -42,7 +44,13 @@ class DataOptions:
         if self.rows is not None:
             check_count("--rows", self.rows)
             data = _head(data, self.rows)
-        return data
+        return _binarised(self.data, data) if self.binarise else data
+
+
+def _binarised(name: str, data: Data) -> Binarised:
+    if not isinstance(data, Quantised):
+        raise InputError(f"--binarise takes images of integer levels, and {name} holds none.")
+    return Binarised(data)
 
 
 def _head(data: Data, rows: int) -> Data:
@@ -54,25 +62,25 @@ def _head(data: Data, rows: int) -> Data:
     return {name: value[:rows] for name, value in data.items()}
 
 
-def event_shape(data: Data) -> tuple[int, ...] | None:
+def event_shape(data: Data | Binarised) -> tuple[int, ...] | None:
     """Shape of one datum at site "x"; None where there is no such site."""
     if isinstance(data, Mapping):
         return tuple(data["x"].shape[1:]) if "x" in data else None
     return data.event_shape
 
 
-def labels_for(program: Any, data: Data) -> Tensor | None:
+def labels_for(program: Any, data: Data | Binarised) -> Tensor | None:
     """The condition of each row: the class labels of the data, for a program that is conditioned on something."""
     if getattr(program, "condition", None) is None:
         return None
-    if isinstance(data, Quantised) and data.labels is not None:
+    if isinstance(data, Quantised | Binarised) and data.labels is not None:
         return data.labels
     raise InputError("The program is conditioned on labels, and these data have none.")
 
 
-def warn_of_scale(data: Data) -> None:
+def warn_of_scale(data: Data | Binarised) -> None:
     """Warn where numbers are far from unit size, which noising laws and the weights at the start take for granted."""
-    if isinstance(data, Quantised):
+    if isinstance(data, Quantised | Binarised):
         return
     values = data.sites() if isinstance(data, Table) else data
     for name, value in values.items():
@@ -86,8 +94,8 @@ def warn_of_scale(data: Data) -> None:
                 )
 
 
-def observations(data: Data, seed: int) -> dict[str, Tensor]:
-    """Values by site name; integer levels are dequantised with noise of that seed, a table is one site of vectors."""
+def observations(data: Data | Binarised, seed: int) -> dict[str, Tensor]:
+    """Values by site name; integer levels are dequantised or binarised by that seed, a table is one site of vectors."""
     if isinstance(data, Mapping):
         return dict(data)
     with forked_rng(seed):
@@ -95,14 +103,14 @@ def observations(data: Data, seed: int) -> dict[str, Tensor]:
 
 
 def arguments_and_observations(
-    program: Any, data: Data, seed: int
+    program: Any, data: Data | Binarised, seed: int
 ) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
     """What a program is called with, and what is observed.
 
     A Pyro function is given the columns (or arrays) that have the names of its arguments; the others are observations.
     Programs of an `event_shape` observe whole rows at site "x".
     """
-    if hasattr(program, "event_shape") or isinstance(data, Quantised):
+    if hasattr(program, "event_shape") or isinstance(data, Quantised | Binarised):
         return (), observations(data, seed)
     values = data.sites() if isinstance(data, Table) else dict(data)
     if not inspect.isroutine(program):

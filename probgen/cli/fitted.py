@@ -69,8 +69,10 @@ def check_made_from_shape(kind: Any) -> None:
 
 
 def is_made_from_shape(kind: Any) -> bool:
-    """Whether a class has an `of_shape`, and nothing that it takes beside the shape must be given."""
-    return hasattr(kind, "of_shape") and all(p.default is not MISSING for p in parameters(kind))
+    """Whether a class is made from a shape, and nothing that it takes beside the shape must be given."""
+    others = [parameter for parameter in parameters(kind) if parameter.name != "event_shape"]
+    takes_shape = "event_shape" in inspect.signature(getattr(kind, "of_shape", kind)).parameters
+    return takes_shape and all(parameter.default is not MISSING for parameter in others)
 
 
 def make_program(kind: Any, event_shape: Sequence[int] | None, settings: Mapping[str, Any], seed: int) -> Any:

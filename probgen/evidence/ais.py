@@ -1,72 +1,92 @@
-"""Annealed importance sampling of Boltzmann machines: log Z between a forward and a reverse estimate."""
+"""Annealed importance sampling: log Z between a forward and a reverse estimate, and log p(x) with it."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from itertools import count
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.distributions import MultivariateNormal
 
-from probgen.core import Cost, Count, Estimate, Estimator, NonNegativeInt, Target, Within
+from probgen.annealing import (
+    Bracket,
+    GaussianToEnergy,
+    HamiltonianMoves,
+    HamiltonianPath,
+    Journey,
+    MachinePath,
+    Path,
+    PriorToPosterior,
+    Weighed,
+    clamped,
+    collapse,
+    effective_runs,
+    fitted,
+    log_mean,
+    log_mean_error,
+    pilot,
+    resampled,
+    travel,
+)
+from probgen.core import (
+    Batch,
+    Cost,
+    Count,
+    Energetic,
+    Estimate,
+    EstimateKind,
+    Estimator,
+    Guided,
+    NonNegativeInt,
+    Stepwise,
+    Support,
+    Target,
+    UnsupportedError,
+    Within,
+    describe,
+    given,
+)
 from probgen.couplings import Couplings, Pairwise
+from probgen.evidence.elbo import event_size
+from probgen.evidence.enumeration import log_sum, num_visited
+from probgen.moves import GibbsMoves
+from probgen.progress import ticker
+from probgen.targets import frozen
 
-_LEAST_ESS = 10  # runs that carry the weight
-
-
-@dataclass(frozen=True)
-class Bracket:
-    """log Z from both sides: E[forward] <= log Z <= E[reverse].
-
-    Args:
-        forward, forward_error: log of the mean weight of runs from the base to the machine, and its error, nats.
-        reverse, reverse_error: minus the log of the mean inverse weight of runs from the machine to the base.
-        log_weights: of the forward runs, `(runs,)`.
-        reverse_log_weights: of the reverse runs, `(runs,)`.
-
-    >>> print(Bracket(5.0, 0.1, 5.2, 0.1, torch.zeros(2), torch.zeros(2)))
-    log Z between 5.000 +- 0.100 and 5.200 +- 0.100
-    """
-
-    forward: float
-    forward_error: float
-    reverse: float
-    reverse_error: float
-    log_weights: Tensor
-    reverse_log_weights: Tensor
-
-    @property
-    def ess(self) -> float:
-        """Forward runs that carry the weight: (sum w)^2 / sum w^2."""
-        return float((2 * self.log_weights.logsumexp(0) - (2 * self.log_weights).logsumexp(0)).exp())
-
-    def __str__(self) -> str:
-        return (
-            f"log Z between {self.forward:.3f} +- {self.forward_error:.3f} and {self.reverse:.3f} +- "
-            f"{self.reverse_error:.3f}"
-        )
+Base = Mapping[str, Tensor] | MultivariateNormal | Literal["guide"]
+_ENUMERABLE = 25  # hidden units
+_COLUMNS_AT_ONCE = 2**14  # runs of all data, to bound memory
 
 
 @dataclass(frozen=True)
 class AIS(Estimator):
-    """log Z by runs of Gibbs sweeps along p_beta = p_0^(1 - beta) p^beta, and log p(x) = -F(x) - log Z with it.
+    """log Z by runs along p_beta prop. to p_0^(1 - beta) f^beta, beta from 0 to 1, and log p(x) with it.
 
-    Forward, beta rises from 0 and E[w] = Z / Z_0; backward, from draws of the machine itself, it falls and
-    E[1/w] = Z_0 / Z. p_0 has independent units; layers independent given the others are summed out.
+    Forward E[w] = Z / Z_0 from draws of p_0, backward E[1/w] = Z_0 / Z from draws of p: the two estimates of log Z have
+    it between them. Three kinds of programs have such a path:
+
+    - Boltzmann machines: p_0 has independent units, Gibbs sweeps move; log p(x) = -F(x) - log Z.
+    - Energies of real x: p_0 is a Gaussian, Hamiltonian Monte Carlo moves; log p(x) = -E(x) - log Z.
+    - Programs with a guide and continuous latents: from p(z) to p(z) p(x | z), whose Z is p(x), for each x by itself.
 
     Args:
-        num_runs: runs each way, side by side, >= 2.
+        num_runs: runs each way, side by side, >= 2; of each datum where there are latents.
         num_temperatures: steps of beta, >= 1.
-        num_sweeps: Gibbs sweeps that bring the reverse runs' starts, which are ends of forward runs, to equilibrium.
+        moves: `GibbsMoves(..)` or `HamiltonianMoves(..)`; None takes what suits the program.
+        base: another p_0. Biases by layer for machines, whose own they are otherwise; a `MultivariateNormal` over the
+            flat x for energies, otherwise fitted to draws of a pilot run; "guide" for latents, q(z | x) for p(z).
+        num_warmup: moves at beta = 1 between the forward runs' ends and the reverse runs' starts, to equilibrium.
 
     Raises:
-        InputError: fewer runs than two.
+        InputError: fewer runs than two, a base of another kind of program.
 
     Source: Neal (2001), Statistics and Computing 11; Salakhutdinov & Murray (2008), ICML; Burda, Grosse & Salakhutdinov
-    (2015), arXiv 1412.8566; Grosse, Ghahramani & Adams (2015), arXiv 1511.02543.
+    (2015), arXiv 1412.8566; Grosse, Ghahramani & Adams (2015), arXiv 1511.02543; Wu, Burda, Salakhutdinov & Grosse
+    (2017), arXiv 1611.04273.
 
     >>> from probgen.models.rbm import example
     >>> from probgen.verbs import evidence
@@ -76,117 +96,217 @@ class AIS(Estimator):
 
     num_runs: Annotated[int, Within(2)] = 100
     num_temperatures: Count = 1000
-    num_sweeps: NonNegativeInt = 100
-    needs = (Pairwise,)
+    moves: GibbsMoves | HamiltonianMoves | None = None
+    base: Base | None = None
+    num_warmup: NonNegativeInt = 100
     paper: ClassVar[str] = "Neal 2001, Statistics and Computing 11"
-    offers: ClassVar[str] = "log Z of machines too large to be summed, from both sides"
-    gives_up: ClassVar[str] = "exactness; weights collapse where temperatures are few"
+    offers: ClassVar[str] = "log Z of machines and energies, and log p(x) of a VAE, from both sides"
+    gives_up: ClassVar[str] = (
+        "exactness; weights collapse where temperatures are few, and modes may be missed by all"
+    )
 
-    def bracket(self, couplings: Couplings, base: Mapping[str, Tensor] | None = None) -> Bracket:
-        """log Z from both sides; `base` are the biases of p_0 by layer, those of the machine by default.
+    def supports(self, program: Any) -> Support:
+        """Whether there is a path to the program, and these moves and this base serve it."""
+        moves = self._moves(program)
+        if isinstance(moves, GibbsMoves):
+            wrong = "" if _is_machine(program) else "GibbsMoves need a Boltzmann machine: HamiltonianMoves()?"
+            kind: tuple[type, str] = Mapping, "biases by layer"
+        elif isinstance(program, Energetic):
+            wrong, kind = "", (MultivariateNormal, "a MultivariateNormal over x")
+        else:
+            wrong, kind = _no_latents(program), (str, '"guide"')
+        if not wrong and self.base is not None and not isinstance(self.base, kind[0]):
+            wrong = f"base must be {kind[1]} for it, or None"
+        return Support(not wrong, wrong)
 
-        Uses torch's random stream.
+    def bracket(
+        self,
+        program: Any,
+        data: Mapping[str, Tensor] | None = None,
+        condition: Tensor | None = None,
+        *,
+        progress: bool = False,
+    ) -> Bracket:
+        """log Z from both sides, or log p(x) of data that the program itself made. Uses torch's random stream.
+
+        Args:
+            program: as `supports` says; the `Couplings` of a machine will do.
+            data: for programs with latents x and the latents that made it, one row each: these are exact draws of
+                p(z | x), without which there is no reverse run.
+            condition: of each row, for conditional energies and programs.
+            progress: show a live line on the terminal.
+
+        Raises `UnsupportedError` where there is no path, `InputError` where latents are missing.
         """
-        path = _Path(couplings, base or _base(couplings))
-        betas = torch.linspace(0, 1, self.num_temperatures + 1).tolist()
-        state = path.draw_base(self.num_runs)
-        forward = path.log_partition_of_base() + path.travel(state, betas)
-        for _ in range(self.num_sweeps):
-            path.sweep(state, couplings)
-        reverse = path.log_partition_of_base() - path.travel(state, betas[::-1])
-        return Bracket(*_log_mean(forward), *_negated(_log_mean(-reverse)), forward, reverse)
+        support = self.supports(program)
+        if not support:
+            raise UnsupportedError(f"AIS cannot serve {describe(program)}: {support.reason}.")
+        with torch.no_grad(), frozen(program):
+            path = self._path(program, Batch({"x": data["x"]} if data else {}, condition))
+            stages = {
+                "forward": self.num_temperatures,
+                "warm-up": self.num_warmup,
+                "reverse": self.num_temperatures,
+            }
+            with ticker("AIS", stages, progress) as update:
+                done = count(1)
+                return self._there_and_back(path, data, lambda: update(next(done)))
 
-    def estimate(self, target: Target, *, seed: int) -> Estimate:
+    def estimate(self, target: Target, *, seed: int, progress: bool = True) -> Estimate:
         """log p of each row; see `Estimator.estimate`."""
-        started, couplings = time.perf_counter(), target.program.couplings()
-        bracket = self.bracket(couplings)
-        weight = target.program.log_weight(target.data["x"])
-        reason = self._distrust(bracket)
+        latent = not (_is_machine(target.program) or isinstance(target.program, Energetic))
+        return (self._by_latents if latent else self._by_partition)(target, progress)
+
+    def _by_partition(self, target: Target, progress: bool) -> Estimate:
+        """log weight of x, less log Z."""
+        started, x, condition = time.perf_counter(), target.data["x"], target.batch.condition
+        each = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        if condition is not None:  # those that are alike have one Z
+            condition, each = torch.unique(condition, dim=0, return_inverse=True)
+        bracket = self.bracket(target.program, condition=condition, progress=progress)
+        weight, error, kind = self._log_weight(target)
+        forward, forward_error, reverse = (
+            side.reshape(-1)[each].to(weight)
+            for side in (bracket.forward, bracket.forward_error, bracket.reverse)
+        )
         return Estimate(
-            weight - bracket.forward,
-            torch.full_like(weight, bracket.forward_error),
-            target.program.weight_kind,
-            event_size=math.prod(target.program.event_shape),
-            trusted=not reason,
-            reason=reason,
-            diagnostics={
-                name: torch.full_like(weight, value)
-                for name, value in (
-                    ("log_partition_forward", bracket.forward),
-                    ("log_partition_reverse", bracket.reverse),
-                )
-            },
-            cost=Cost(network_calls=2 * self.num_temperatures, seconds=time.perf_counter() - started),
-            convention=f"nats of the data as given; {bracket}",
+            weight - forward,
+            torch.hypot(error, forward_error),
+            kind,
+            event_size=event_size(target),
+            trusted=not bracket.reason,
+            reason=self._told(bracket.reason),
+            diagnostics={"log_partition_forward": forward, "log_partition_reverse": reverse},
+            cost=self._cost(target.program, 2 * self.num_temperatures + self.num_warmup, started),
+            convention=f"nats of the data as given; {bracket}, whose error all data share",
         )
 
-    def _distrust(self, bracket: Bracket) -> str:
-        """Why the estimate should not be believed; "" if it may be."""
-        remedy = f"raise num_temperatures (now {self.num_temperatures})"
-        if bracket.ess < _LEAST_ESS:
-            return f"only {bracket.ess:.1f} of {self.num_runs} runs carry the weight; {remedy}"
-        gap = bracket.reverse - bracket.forward
-        if gap > 1:
-            return f"forward and reverse runs are {gap:.1f} nats apart; {remedy}"
-        return ""
+    def _by_latents(self, target: Target, progress: bool) -> Estimate:
+        """log p(x) of each row, some of them at a time."""
+        started, rows = time.perf_counter(), torch.arange(target.batch.size)
+        parts, log_weights = rows.split(max(1, _COLUMNS_AT_ONCE // self.num_runs)), []
+        with ticker("AIS", len(parts) * self.num_temperatures, progress) as update:
+            done = count(1)
+            for part in parts:
+                path = self._path(target.program, _rows(target.batch, part))
+                journey = self._forward(path, lambda: update(next(done)))
+                log_weights.append(journey.gained[-1].reshape(self.num_runs, -1))
+        gained = torch.cat(log_weights, 1)
+        reason = collapse(gained)
+        return Estimate(
+            log_mean(gained),
+            log_mean_error(gained),
+            "lower bound",
+            event_size=event_size(target),
+            trusted=not reason,
+            reason=self._told(reason),
+            diagnostics={"ess": effective_runs(gained)},
+            cost=self._cost(target.program, self.num_temperatures * len(parts), started),
+            convention="nats of the data as given; log of a mean of weights, which lies below log p(x) on average",
+        )
+
+    def _moves(self, program: Any) -> GibbsMoves | HamiltonianMoves:
+        return self.moves or (GibbsMoves() if _is_machine(program) else HamiltonianMoves())
+
+    def _path(self, program: Any, batch: Batch) -> Path[Any]:
+        moves, base = self._moves(program), self.base
+        if isinstance(moves, GibbsMoves):
+            assert base is None or isinstance(base, Mapping)
+            return MachinePath(_couplings(program), self.num_runs, base, moves.num_sweeps)
+        if isinstance(program, Energetic):
+            assert base is None or isinstance(base, MultivariateNormal)
+            return self._energy_path(program, batch, moves, base)
+        ends = PriorToPosterior(program, batch, self.num_runs, "prior" if base is None else "guide")
+        return HamiltonianPath(ends, moves, pilot(ends, moves))
+
+    def _energy_path(
+        self, program: Any, batch: Batch, moves: HamiltonianMoves, base: MultivariateNormal | None
+    ) -> HamiltonianPath:
+        """From the base, or from a Gaussian that covers the data, if there are any, and where a pilot run ends."""
+        first = fitted(batch.data["x"].flatten(1)) if base is None and "x" in batch.data else base
+        ends = GaussianToEnergy(program, self.num_runs, batch.condition, first)
+        found = pilot(ends, moves)
+        ends.check_bounded(found.position)
+        if base is None:
+            ends = ends.wider(found.position)
+            found = pilot(ends, moves)
+        return HamiltonianPath(ends, moves, found)
+
+    def _forward(self, path: Path[Any], tick: Callable[[], object]) -> Journey:
+        return travel(path, path.draw(), path.schedule(self.num_temperatures), tick)
+
+    def _there_and_back(
+        self, path: Path[Any], latents: Mapping[str, Tensor] | None, tick: Callable[[], object]
+    ) -> Bracket:
+        there = self._forward(path, tick)
+        if isinstance(path, HamiltonianPath) and isinstance(path.ends, PriorToPosterior):
+            state = path.ends.where(latents or {})
+        else:
+            state = path.take(there.state, resampled(there.gained[-1], path.log_partition.numel()))
+        for _ in range(self.num_warmup):
+            state = path.move(state, 1.0)
+            tick()
+        back = travel(path, state, path.schedule(self.num_temperatures)[::-1], tick)
+        forward, reverse = (
+            path.log_partition.double() + gained.unflatten(1, (-1, *path.log_partition.shape))
+            for gained in (there.gained, (back.gained - back.gained[-1]).flip(0))
+        )
+        return Bracket(there.betas, forward, reverse)
+
+    def _log_weight(self, target: Target) -> tuple[Tensor, Tensor, EstimateKind]:
+        """log p(x) + log Z of each row, its error, and what kind of number it is."""
+        program, x = target.program, target.data["x"]
+        if isinstance(self._moves(program), HamiltonianMoves):
+            value = -given(program, target.batch.condition).energy(x)
+            return value, torch.zeros_like(value), "unbiased"
+        if isinstance(program, Weighed):
+            value = program.log_weight(x)
+            return value, torch.zeros_like(value), program.weight_kind
+        return *self._summed_over_hidden(program.couplings(), x.flatten(1)), "unbiased"
+
+    def _summed_over_hidden(self, couplings: Couplings, x: Tensor) -> tuple[Tensor, Tensor]:
+        """log of the sum over h of exp(-E(x, h)): exact where h is small, by runs with x clamped where it is not."""
+        x, hidden = x.to(couplings.biases["x"]), [site for site in couplings.sites if site != "x"]
+        if num_visited(couplings, hidden) <= _ENUMERABLE:
+            value = log_sum(couplings, {"x": x}, hidden, _ENUMERABLE)
+            return value, torch.zeros_like(value)
+        above, alone = clamped(couplings, x, self.num_runs)
+        path = MachinePath(above, self.num_runs, num_rows=len(x))
+        gained = self._forward(path, lambda: None).gained[-1].reshape(self.num_runs, -1)
+        return (alone + path.log_partition + log_mean(gained)).to(x), log_mean_error(gained).to(x)
+
+    def _told(self, reason: str) -> str:
+        now = f"now num_temperatures={self.num_temperatures:,}, num_warmup={self.num_warmup:,}"
+        return f"{reason} ({now})" if reason else ""
+
+    def _cost(self, program: Any, transitions: int, started: float) -> Cost:
+        moves, seconds = self._moves(program), time.perf_counter() - started
+        if isinstance(moves, GibbsMoves):
+            return Cost(network_calls=transitions * moves.num_sweeps, seconds=seconds)
+        return Cost(gradients=transitions * moves.num_steps, seconds=seconds)
 
 
-class _Path:
-    """Machines between one without couplings and the one that is asked for, and runs along them."""
-
-    def __init__(self, couplings: Couplings, base: Mapping[str, Tensor]) -> None:
-        self.couplings, self.base = couplings, base
-        self.kept = [site for site in couplings.sites if site not in summed_out(couplings)]
-
-    def draw_base(self, rows: int) -> dict[str, Tensor]:
-        """Independent draws of p_0."""
-        state = self.couplings.zeros(rows)
-        start = self.couplings.between(self.base, 0.0)
-        return {site: start.draw(site, state) for site in self.couplings.sites}
-
-    def log_partition_of_base(self) -> Tensor:
-        """log Z_0, `()`."""
-        return -Couplings({}, self.base, self.couplings.scales).free_energy({})
-
-    def travel(self, state: dict[str, Tensor], betas: list[float]) -> Tensor:
-        """Log weights of runs through these beta, `(runs,)`; the state moves along."""
-        total = torch.zeros(len(next(iter(state.values()))))
-        before = self.couplings.between(self.base, betas[0])
-        for beta in betas[1:]:
-            after = self.couplings.between(self.base, beta)
-            seen = {site: state[site] for site in self.kept}
-            total = total + before.free_energy(seen) - after.free_energy(seen)
-            self.sweep(state, after)
-            before = after
-        return total
-
-    def sweep(self, state: dict[str, Tensor], couplings: Couplings) -> None:
-        """Draw what was summed out first, then the rest."""
-        for site in [*(s for s in couplings.sites if s not in self.kept), *self.kept]:
-            state[site] = couplings.draw(site, state)
+def _is_machine(program: Any) -> bool:
+    return isinstance(program, Couplings | Pairwise | Weighed)
 
 
-def summed_out(couplings: Couplings) -> list[str]:
-    """The largest group of layers that are independent given the others, and uncoupled inside."""
-    groups = [[s for s in group if (s, s) not in couplings.weights] for group in couplings.colours]
-    return max(groups, key=lambda group: sum(len(couplings.biases[s]) for s in group))
+def _couplings(program: Any) -> Couplings:
+    found: Couplings = program if isinstance(program, Couplings) else program.couplings()
+    return found
 
 
-def _base(couplings: Couplings) -> dict[str, Tensor]:
-    """The machine's own biases: with weights of 0 it is p_0."""
-    return dict(couplings.biases)
+def _no_latents(program: Any) -> str:
+    """Why there are no latents to anneal over; "" if there are."""
+    if isinstance(program, Stepwise):
+        return "its latents are a chain of many steps: ELBOEstimate()"
+    if not isinstance(program, Guided):
+        return "it needs a Boltzmann machine, an energy of real x, or a program with a guide q(z | x)"
+    return "" if hasattr(program, "event_shape") else "its rows have no latents of their own (no event_shape)"
 
 
-def _log_mean(log_weights: Tensor) -> tuple[float, float]:
-    """log of the mean of weights, and the standard error of that by the delta method."""
-    runs = len(log_weights)
-    value = log_weights.logsumexp(0) - math.log(runs)
-    spread = (log_weights - value).exp().std() / math.sqrt(runs)
-    return float(value), float(spread)
-
-
-def _negated(found: tuple[float, float]) -> tuple[float, float]:
-    return -found[0], found[1]
+def _rows(batch: Batch, rows: Tensor) -> Batch:
+    condition = None if batch.condition is None else batch.condition[rows]
+    return Batch({name: value[rows] for name, value in batch.data.items()}, condition)
 
 
 def example() -> AIS:

@@ -14,6 +14,7 @@ from probgen.core import (
     Cost,
     Count,
     Estimate,
+    EstimateKind,
     Estimator,
     Guided,
     Stepwise,
@@ -23,6 +24,7 @@ from probgen.core import (
     Within,
     given,
 )
+from probgen.couplings import Pairwise
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class ELBOEstimate(Estimator):
         return Estimate(
             value=spread.mean(0),
             standard_error=spread.std(0) / self.num_particles**0.5,
-            kind="lower bound",
+            kind=bound_kind(target),
             event_size=event_size(target),
             terms=average_terms(terms),
             cost=Cost(network_calls=calls, seconds=time.perf_counter() - started),
@@ -114,6 +116,11 @@ def needs_guide(program: object) -> Support:
     if getattr(program, "guide", None) is None:
         return Support(False, "it needs a guide q(z | x), a method guide(batch) of the program")
     return Support(True)
+
+
+def bound_kind(target: Target) -> EstimateKind:
+    """A bound on log p(x), or on log p(x) + log Z where the program's Z is unknown."""
+    return "unnormalised" if isinstance(target.program, Pairwise) else "lower bound"
 
 
 def vectorises(target: Target) -> bool:

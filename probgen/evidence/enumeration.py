@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from probgen.core import Cost, Estimate, Estimator, InputError, Target, Within
+from probgen.core import Cost, Estimate, Estimator, InputError, Support, Target, Within
 from probgen.couplings import Couplings, Pairwise
 
 _AT_ONCE = 2**15  # states
@@ -42,15 +42,22 @@ class Enumeration(Estimator):
     offers: ClassVar[str] = "exact log p(x) and log Z"
     gives_up: ClassVar[str] = "machines of more than 25 units to sum over"
 
+    def supports(self, program: Any) -> Support:
+        """Whether the program is a Boltzmann machine whose data are units of it."""
+        support = super().supports(program)
+        if support and "x" not in program.couplings().sites:
+            return Support(
+                False, "its data are below its top, and given layers that do not meet in one energy"
+            )
+        return support
+
     def estimate(self, target: Target, *, seed: int) -> Estimate:
         """log p of each row; see `Estimator.estimate`."""
         started, couplings = time.perf_counter(), target.program.couplings()
         x = target.data["x"].flatten(1).to(couplings.biases["x"].dtype)
         log_z = log_partition(couplings, self.max_units)
         hidden = [site for site in couplings.sites if site != "x"]
-        value = (
-            torch.stack([log_sum(couplings, {"x": row[None]}, hidden, self.max_units) for row in x]) - log_z
-        )
+        value = log_sum(couplings, {"x": x}, hidden, self.max_units) - log_z
         return Estimate(
             value,
             torch.zeros_like(value),
@@ -67,10 +74,17 @@ def log_partition(couplings: Couplings, max_units: int = 25) -> Tensor:
     return log_sum(couplings, {}, list(couplings.sites), max_units)
 
 
-def log_sum(couplings: Couplings, given: dict[str, Tensor], free: list[str], max_units: int) -> Tensor:
-    """log of the sum of exp(-E) over the states of the layers `free`, the others given, each in one row: `()`."""
+def log_sum(couplings: Couplings, seen: dict[str, Tensor], free: list[str], max_units: int) -> Tensor:
+    """log of the sum of exp(-E) over the states of the layers `free`: `(rows,)`, or `()` where no layer is seen.
+
+    Args:
+        couplings: E.
+        seen: values of all other layers, each `(rows, n_l)`.
+        free: the layers to sum over.
+        max_units: raise `InputError` where the states of more than these would be visited.
+    """
     visited = _visited(couplings, free)
-    size = sum(len(couplings.biases[site]) for site in visited)
+    size = _size(couplings, visited)
     gaussian = [site for site in visited if site in couplings.scales]
     if gaussian:
         raise InputError(f"Layer {gaussian[0]!r} is Gaussian: its states cannot be enumerated.")
@@ -79,13 +93,22 @@ def log_sum(couplings: Couplings, given: dict[str, Tensor], free: list[str], max
             f"Enumeration would visit 2^{size} states of {', '.join(visited)}, and goes up to 2^{max_units}. Estimate "
             "log Z by AIS() instead."
         )
+    rows = len(next(iter(seen.values()))) if seen else 1
+    at_once = max(1, _AT_ONCE // rows)
     parts = []
-    for first in range(0, 2**size, _AT_ONCE):
-        rows = states(size, first, min(_AT_ONCE, 2**size - first))
-        state = {site: value.expand(len(rows), -1) for site, value in given.items()}
-        state |= _by_layer(couplings, visited, rows.to(couplings.biases["x"].dtype))
-        parts.append(torch.logsumexp(-couplings.free_energy(state).reshape(-1), 0))
-    return torch.stack(parts).logsumexp(0)
+    for first in range(0, 2**size, at_once):
+        several = states(size, first, min(at_once, 2**size - first)).to(couplings.biases[couplings.sites[0]])
+        state = _by_layer(couplings, visited, several.repeat_interleave(rows, 0))
+        state |= {site: value.repeat(len(several), 1) for site, value in seen.items()}
+        log_weights = -couplings.free_energy(state).expand(len(several) * rows)
+        parts.append(log_weights.reshape(-1, rows).logsumexp(0))
+    total = torch.stack(parts).logsumexp(0)
+    return total if seen else total[0]
+
+
+def num_visited(couplings: Couplings, free: list[str]) -> int:
+    """Units whose states `log_sum` visits."""
+    return _size(couplings, _visited(couplings, free))
 
 
 def states(size: int, first: int = 0, count: int | None = None) -> Tensor:

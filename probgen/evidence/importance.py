@@ -12,7 +12,7 @@ import torch
 from probgen.arviz_io import pareto_khat
 from probgen.bounds import log_weights
 from probgen.core import Cost, Count, Estimate, Estimator, Guided, Support, Target, Within
-from probgen.evidence.elbo import event_size, needs_guide, vectorises
+from probgen.evidence.elbo import bound_kind, event_size, needs_guide, vectorises
 
 GOOD_KHAT = 0.7
 
@@ -65,7 +65,7 @@ class ImportanceWeighted(Estimator):
         return Estimate(
             value=log_w.logsumexp(0) - math.log(self.num_samples),
             standard_error=(1 / ess - 1 / self.num_samples).clamp_min(0).sqrt(),
-            kind="lower bound",
+            kind=bound_kind(target),
             event_size=event_size(target),
             trusted=bad == 0,
             reason=f"k-hat > {GOOD_KHAT} for {bad} of {khat.numel()} data (largest {khat.max():.2f}): the guide misses "

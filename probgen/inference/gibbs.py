@@ -6,13 +6,27 @@ import time
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import pyro
 import torch
 from torch import Tensor
 
-from probgen.core import Cost, Count, Engine, InputError, NonNegativeInt, Posterior, Target
+from probgen.core import (
+    Batch,
+    Cost,
+    Count,
+    Engine,
+    InputError,
+    NonNegativeInt,
+    Posterior,
+    Target,
+    UnsupportedError,
+    describe,
+)
 from probgen.couplings import Couplings, Pairwise
+from probgen.kernels.state import ChainState, check_fits
 from probgen.progress import ticker
-from probgen.targets import dims
+from probgen.randomness import time_key
+from probgen.targets import site_dims
 
 State = dict[str, Tensor]
 
@@ -22,7 +36,8 @@ class Gibbs(Engine):
     """Draws each layer of a Boltzmann machine given the others, observed units held where they are.
 
     Layers that are not coupled to one another move together; units coupled inside of a layer move one by one. A NaN in
-    an observed site is a unit that was not seen: it moves with the rest, which completes the pattern.
+    an observed site is a unit that was not seen: it moves with the rest, which completes the pattern. Where the machine
+    is the top of a program, as in a deep belief net, what is below follows by running the program forwards.
 
     With several temperatures each chain has copies of energies beta E, beta from 1 to 0, and neighbours exchange their
     states by Metropolis: at beta = 0 units are independent and as often on as off, so that no mode keeps a chain.
@@ -48,6 +63,7 @@ class Gibbs(Engine):
     kind = "mcmc"
     guarantee = "asymptotic"
     conditions = True
+    completes = True
     default_chains = 4
     paper: ClassVar[str] = "Geman & Geman 1984, IEEE PAMI 6"
     offers: ClassVar[str] = "exact draws of layer after layer; no step size, nothing is rejected"
@@ -67,11 +83,15 @@ class Gibbs(Engine):
         progress: bool = True,
     ) -> Posterior:
         """Draw by sweeps over the layers; see `Engine.run`."""
-        started, warmup = time.perf_counter(), 0 if state is not None else self.num_warmup
+        started, warmup, before = time.perf_counter(), self.num_warmup, 0
+        if state is not None:
+            check_fits(state, self, num_chains)
+            warmup, before = 0, state.step
+            torch.manual_seed(time_key(float(seed), float(before)) % 2**63)  # other noise than up to there
         sweeps = {"warm-up": warmup, "drawing": num_draws * self.thin}
         with torch.no_grad(), ticker("Gibbs", sweeps, progress) as update:
             units = _Units(target, num_chains, self.num_temperatures)
-            units.begin(init if state is None else state)
+            units.begin(init if state is None else state.kernel)
             kept: dict[str, list[Tensor]] = {site: [] for site in units.free}
             for sweep in range(1, sum(sweeps.values()) + 1):
                 units.sweep()
@@ -79,18 +99,39 @@ class Gibbs(Engine):
                     for site, values in kept.items():
                         values.append(units.coldest(site))
                 update(sweep)
-        draws = {site: units.as_draws(site, torch.stack(values)) for site, values in kept.items()}
+            draws = {site: units.as_draws(site, torch.stack(values)) for site, values in kept.items()}
+            draws |= _below(target, draws)
         return Posterior(
             draws,
             self.kind,
             self.guarantee,
             str(self),
             Cost(network_calls=sum(sweeps.values()), seconds=time.perf_counter() - started),
-            dims={site: names for site, names in dims(target).items() if site in draws},
+            dims={site: _dims(target, site, value.ndim - 2) for site, value in draws.items()},
             run_stats=units.run_stats(sum(sweeps.values())),
-            state=units.state,
+            state=ChainState(str(self), before + sum(sweeps.values()), num_chains, units.state, {}),
             target=target,
         )
+
+
+def _dims(target: Target, site: str, count: int) -> tuple[str, ...]:
+    """The names of a site's last dimensions: the plate of a single row is none of its draws."""
+    names = site_dims(target.sites[site])
+    return names[len(names) - count :]
+
+
+def _below(target: Target, draws: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sites that are no units of the machine, drawn by running the program forwards from those that are."""
+    below = [site for site in target.latents if site not in draws]
+    if not below:
+        return {}
+    shape = next(iter(draws.values())).shape[:-1]
+    units = draws | {
+        site: value.expand(*shape, -1) for site, value in target.data.items() if site not in draws
+    }
+    held = pyro.condition(target.program.model, data={site: v.flatten(0, -2) for site, v in units.items()})
+    nodes: Any = pyro.poutine.trace(held).get_trace(Batch(num_rows=shape.numel())).nodes
+    return {site: nodes[site]["value"].unflatten(0, shape) for site in below}
 
 
 class _Units:
@@ -108,7 +149,13 @@ class _Units:
         self.columns = num_chains * (target.batch.size if target.data else 1)
         self.num_temperatures = num_temperatures
         whole: Couplings = target.program.couplings()
-        self.couplings, self.betas = whole, torch.linspace(1, 0, num_temperatures)
+        if not target.data.keys() <= set(whole.sites):
+            raise UnsupportedError(
+                f"Gibbs moves the layers {', '.join(whole.sites)} of {describe(target.program)}, and cannot hold "
+                f"{', '.join(target.data.keys() - set(whole.sites))}. Guide() draws what is latent given x."
+            )
+        self.device = whole.biases[whole.sites[0]].device
+        self.couplings, self.betas = whole, torch.linspace(1, 0, num_temperatures, device=self.device)
         if num_temperatures > 1:
             base = {s: b if s in whole.scales else torch.zeros_like(b) for s, b in whole.biases.items()}
             self._ends = whole, Couplings({}, base, whole.scales)
@@ -121,7 +168,8 @@ class _Units:
             site for site in whole.sites if site not in self.given or bool(self.given[site].isnan().any())
         ]
         self.state: State = {}
-        self._parity, self._exchanged = 0, torch.zeros(max(num_temperatures - 1, 1), self.columns)
+        pairs = max(num_temperatures - 1, 1)
+        self._parity, self._exchanged = 0, torch.zeros(pairs, self.columns, device=self.device)
 
     def begin(self, start: Any) -> None:
         """Every unit that is not held at random, or where a posterior or a state ended."""
@@ -130,9 +178,8 @@ class _Units:
             if start is not None and site in self.free:
                 at_random[site] = self._started(site, start, value)
             elif site in self.couplings.scales:
-                at_random[site] = self.couplings.biases[site] + self.couplings.scales[
-                    site
-                ] * torch.randn_like(value)
+                bias, scale = self.couplings.biases[site], self.couplings.scales[site]
+                at_random[site] = bias + scale * torch.randn_like(value)
             else:
                 at_random[site] = torch.rand_like(value).round()
         self.state = {site: self._with_held(site, value) for site, value in at_random.items()}
@@ -166,14 +213,14 @@ class _Units:
         """Neighbours r, s = r + 1 swap with probability min(1, exp((beta_r - beta_s)(E_r - E_s))), E above the base."""
         energy = self._ends[0].energy(self.state) - self._ends[1].energy(self.state)
         energy = energy.reshape(self.num_temperatures, self.columns)
-        order = torch.arange(self.num_temperatures)[:, None].repeat(1, self.columns)
+        order = torch.arange(self.num_temperatures, device=self.device)[:, None].repeat(1, self.columns)
         for r in range(self._parity, self.num_temperatures - 1, 2):
             log_ratio = (self.betas[r] - self.betas[r + 1]) * (energy[r] - energy[r + 1])
-            swapped = torch.rand(self.columns).log() < log_ratio
+            swapped = torch.rand(self.columns, device=self.device).log() < log_ratio
             order[r, swapped], order[r + 1, swapped] = r + 1, r
             self._exchanged[r] += swapped
         self._parity = 1 - self._parity
-        column = torch.arange(self.columns)
+        column = torch.arange(self.columns, device=self.device)
         for site, value in self.state.items():
             by_temperature = value.unflatten(0, (self.num_temperatures, self.columns))
             self.state[site] = by_temperature[order, column].flatten(0, 1)

@@ -4,6 +4,7 @@ from probgen.models.boltzmann_machine import BoltzmannMachine
 from probgen.models.conditional_vae import ConditionalVAE, SemiSupervisedVAE
 from probgen.models.conjugate_gaussian import ConjugateGaussian
 from probgen.models.ddpm import DDPM
+from probgen.models.deep_belief_net import DeepBeliefNet
 from probgen.models.deep_boltzmann_machine import DeepBoltzmannMachine
 from probgen.models.ebm import EBM
 from probgen.models.empirical import Empirical
@@ -14,7 +15,7 @@ from probgen.models.gaussian_mixture import GaussianMixture
 from probgen.models.ncsn import NCSN
 from probgen.models.neural_sde import NeuralSDE
 from probgen.models.pretrained import Pretrained, load_network
-from probgen.models.rbm import RBM, GaussianRBM
+from probgen.models.rbm import RBM, GaussianRBM, TwinRBM
 from probgen.models.score import Score
 from probgen.models.score_sde import ScoreSDE
 from probgen.models.vae import (
@@ -37,6 +38,7 @@ __all__ = [
     "BoltzmannMachine",
     "ConditionalVAE",
     "ConjugateGaussian",
+    "DeepBeliefNet",
     "DeepBoltzmannMachine",
     "Empirical",
     "Energy",
@@ -52,6 +54,7 @@ __all__ = [
     "ScoreSDE",
     "SemiSupervisedVAE",
     "StandardNormalPrior",
+    "TwinRBM",
     "gaussian_posterior",
     "load_network",
     "point_posterior",

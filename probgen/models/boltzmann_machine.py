@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import pyro
 import torch
 from pyro.distributions import ImproperUniform, constraints
 from torch import Tensor, nn
 
-from probgen.core import Batch, InputError, NonNegativeInt, Positive, Size, UnsupportedError
+from probgen.core import Batch, InputError, Positive, Size, UnsupportedError, Within
 from probgen.couplings import Couplings
 from probgen.recorded import Recorded
 
 FIRST_WEIGHTS = 0.01  # standard deviation before fitting (Hinton 2010, section 8)
+MAX_UNITS = 20_000
+_TOO_MANY = "the couplings of each unit with each other one would not fit memory"
 
 
 class BoltzmannMachine(Recorded):
@@ -42,12 +44,20 @@ class BoltzmannMachine(Recorded):
     gives_up: ClassVar[str] = "Z beyond 25 units; Gibbs moves one unit at a time"
 
     def __init__(
-        self, event_shape: Sequence[Size], num_hidden: NonNegativeInt = 0, temperature: Positive = 1.0
+        self,
+        event_shape: Sequence[Size],
+        num_hidden: Annotated[int, Within(0, MAX_UNITS, why=_TOO_MANY)] = 0,
+        temperature: Positive = 1.0,
     ) -> None:
         super().__init__()
         self.event_shape, self.temperature = tuple(event_shape), temperature
         self.num_visible, self.num_hidden = math.prod(self.event_shape), num_hidden
         size = self.num_visible + num_hidden
+        if size > MAX_UNITS:
+            raise InputError(
+                f"event_shape and num_hidden make {size:,} units, expected at most {MAX_UNITS:,}: "
+                f"{_TOO_MANY}. Take an RBM."
+            )
         self.weight = nn.Parameter(FIRST_WEIGHTS * torch.randn(size, size))
         self.bias = nn.Parameter(torch.zeros(size))
 
@@ -71,6 +81,36 @@ class BoltzmannMachine(Recorded):
             machine.bias.copy_(bias)
         return machine
 
+    @classmethod
+    def hebbian(cls, patterns: Tensor, temperature: float = 1.0) -> BoltzmannMachine:
+        """The machine that remembers patterns `(p, *event)` of 0 and 1: low temperatures complete them from a part.
+
+        Units that agree in more patterns pull one another up and down: with s = 2x - 1 in {-1, 1}^n, E = -1/2 s'J s and
+        J = 1/n sum_m s_m s_m' without its diagonal. Patterns without correlations are remembered up to p of about
+        0.138 n.
+
+        Source: Hopfield (1982), PNAS 79; Amit, Gutfreund & Sompolinsky (1985), PRL 55.
+
+        >>> pattern = torch.tensor([[1.0, 1, 0, 0, 1, 0]])
+        >>> energies = BoltzmannMachine.hebbian(pattern).couplings().energy({"x": torch.cat([pattern, 1 - pattern])})
+        >>> torch.allclose(*energies)
+        True
+        """
+        if patterns.ndim < 2 or not patterns.numel():
+            raise InputError(f"patterns must be (p, *event) with p >= 1, got shape {tuple(patterns.shape)}.")
+        if not bool(((patterns == 0) | (patterns == 1)).all()):
+            raise InputError(
+                f"patterns must be of 0 and 1, got values {patterns.min().item():.4g}..{patterns.max().item():.4g}."
+            )
+        patterns = patterns if patterns.is_floating_point() else patterns.to(torch.get_default_dtype())
+        spins = 2 * patterns.flatten(1) - 1
+        pull = (spins.mT @ spins / spins.shape[1]).fill_diagonal_(0)
+        machine = cls(patterns.shape[1:], temperature=temperature).to(patterns)
+        with torch.no_grad():
+            machine.weight.copy_(4 * pull)
+            machine.bias.copy_(-2 * pull.sum(1))
+        return machine
+
     def couplings(self) -> Couplings:
         """Its energy over T: layers "x" and, where there are hidden units, "h"."""
         upper = self.weight.triu(1) / self.temperature
@@ -90,10 +130,10 @@ class BoltzmannMachine(Recorded):
 
 
 class Units(ImproperUniform):
-    """Binary units without a law of their own; NaN where a unit was not seen. Asked for a draw they say who draws."""
+    """Binary units without a law of their own. Asked for a draw they say who draws."""
 
     def __init__(self, event_shape: Sequence[int], batch_shape: Sequence[int] = ()) -> None:
-        support = constraints.independent(_BinaryOrMissing(), len(event_shape))
+        support = constraints.independent(constraints.boolean, len(event_shape))
         super().__init__(support, torch.Size(batch_shape), torch.Size(event_shape))
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Units:
@@ -110,13 +150,6 @@ class Units(ImproperUniform):
         )
 
 
-class _BinaryOrMissing(constraints.Constraint):
-    is_discrete = True
-
-    def check(self, value: Tensor) -> Tensor:
-        return (value == 0) | (value == 1) | value.isnan()
-
-
 def pairwise_model(machine: Any, batch: Batch) -> Tensor:
     """Every layer flat, x in the shape of an event, with a factor exp(-E) a row: a density up to a constant."""
     couplings = machine.couplings()
@@ -124,7 +157,7 @@ def pairwise_model(machine: Any, batch: Batch) -> Tensor:
         x = pyro.sample("x", Units(machine.event_shape))
         state = {"x": seen(x, machine).to(couplings.biases["x"].dtype)}
         for site in couplings.sites[1:]:
-            state[site] = pyro.sample(site, Units(couplings.biases[site].shape))
+            state[site] = pyro.sample(site, Units(couplings.biases[site].shape)).nan_to_num(nan=0.0)
         pyro.factor("-energy", -couplings.energy(state))
     return x
 
@@ -132,6 +165,12 @@ def pairwise_model(machine: Any, batch: Batch) -> Tensor:
 def seen(x: Tensor, machine: Any) -> Tensor:
     """x flat, units that were not seen off: a program that is only read needs some value there."""
     return x.nan_to_num(nan=0.0).flatten(-len(machine.event_shape))
+
+
+def log_odds(x: Tensor) -> Tensor:
+    """Biases at which independent units are on as often as in data x `(n, *event)`, flat; finite for all data."""
+    rate = x.flatten(1).mean(0)
+    return rate.clamp(0.5 / len(x), 1 - 0.5 / len(x)).logit()
 
 
 def example() -> BoltzmannMachine:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from probgen.core import Batch, Count, EstimateKind, InputError, Size
 from probgen.couplings import Couplings
-from probgen.models.boltzmann_machine import FIRST_WEIGHTS, pairwise_model
+from probgen.models.boltzmann_machine import FIRST_WEIGHTS, log_odds, pairwise_model
+from probgen.models.rbm import RBM, TwinRBM
 from probgen.recorded import Recorded
 
 _PRECISION = 1e-6  # of the mean field
@@ -47,7 +48,7 @@ class DeepBoltzmannMachine(Recorded):
     weight_kind: ClassVar[EstimateKind] = "lower bound"
 
     def __init__(
-        self, event_shape: Sequence[Size], widths: Sequence[Size], mean_field_steps: Count = 30
+        self, event_shape: Sequence[Size], widths: Sequence[Size] = (128, 64), mean_field_steps: Count = 30
     ) -> None:
         super().__init__()
         if len(widths) < 2:
@@ -81,7 +82,7 @@ class DeepBoltzmannMachine(Recorded):
             moved = 0.0
             for site in self.layers[1:]:
                 mean = couplings.mean(site, state)
-                moved = max(moved, float((mean - state[site]).abs().max()))
+                moved = max(moved, float((mean - state[site]).detach().abs().max()))
                 state[site] = mean
             if moved < _PRECISION:
                 break
@@ -92,6 +93,39 @@ class DeepBoltzmannMachine(Recorded):
         mean = self.mean_field(x)
         entropy = sum(dist.Bernoulli(probs=mu).entropy().sum(-1) for mu in mean.values())
         return entropy - self.couplings().energy({"x": x.flatten(1), **mean})
+
+    def set_rates(self, x: Tensor) -> None:
+        """Set the visible biases so that with zero weights each unit is on as often as in data x `(n, *event)`."""
+        with torch.no_grad():
+            self.biases[0].copy_(log_odds(x))
+
+    def stack(self) -> list[RBM]:
+        """RBMs to be fitted one after another in its stead; see `pretrain`.
+
+        The lowest has two copies of x and the highest two of its hidden units: in this machine as much again comes from
+        the other side.
+        """
+        shapes = [self.event_shape, *((len(bias),) for bias in list(self.biases)[1:])]
+        (lowest, above), *inner, (below, highest) = pairwise(shapes)
+        return [
+            TwinRBM(lowest, above[0], visible_copies=2),
+            *(RBM(lower, upper[0]) for lower, upper in inner),
+            TwinRBM(below, highest[0], hidden_copies=2),
+        ]
+
+    def assemble(self, stack: Sequence[RBM]) -> None:
+        """Make its weights of those of a fitted stack.
+
+        Weights without copies are halved, and a layer's biases are the mean of those in the two machines that share it:
+        what a unit feels is then the mean of what it felt in each.
+        """
+        with torch.no_grad():
+            for own, fitted in zip(self.weights, stack, strict=True):
+                own.copy_(fitted.weight if isinstance(fitted, TwinRBM) else fitted.weight / 2)
+            self.biases[0].copy_(stack[0].visible_bias)
+            self.biases[-1].copy_(stack[-1].hidden_bias)
+            for own, (lower, upper) in zip(list(self.biases)[1:-1], pairwise(stack), strict=True):
+                own.copy_((lower.hidden_bias + upper.visible_bias) / 2)
 
     def model(self, batch: Batch) -> Any:
         """Every layer with a factor exp(-E) a row: their joint law up to Z."""

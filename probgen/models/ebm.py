@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Annotated, ClassVar
 
 import pyro
+import torch
 from torch import Tensor, nn
 
 from probgen.conditioning import Condition, drop
-from probgen.core import Batch, InputError, Positive, Size, Within, describe, shown
+from probgen.core import Batch, InputError, Size, Within, describe, shown
 from probgen.models.energy import Energy, Undrawable
 from probgen.nets import MLP
 from probgen.recorded import Recorded
+
+BaseScale = Annotated[float, Within(1e-6, 1e6)]
 
 
 class EBM(Recorded):
@@ -24,7 +28,7 @@ class EBM(Recorded):
     Args:
         network: x, or x and c, `(batch, *event)` -> `(batch,)` or `(batch, 1)`, in nats.
         event_shape: shape of one x.
-        base_scale: > 0, in units of x; None leaves the network alone.
+        base_scale: in [1e-6, 1e6], in units of x; None leaves the network alone.
         condition: what the network takes beside x: `Labels(num_classes)` or `Vector(shape)`; None is nothing.
         condition_dropout: how often c is missing while fitting, in [0, 1).
 
@@ -33,7 +37,6 @@ class EBM(Recorded):
 
     Source: LeCun et al. (2006), A tutorial on energy-based learning; Du & Mordatch (2019), arXiv 1903.08689.
 
-    >>> import torch
     >>> ebm = EBM.mlp((2,), widths=(16,))
     >>> ebm.energy(torch.zeros(3, 2)).shape
     torch.Size([3])
@@ -49,7 +52,7 @@ class EBM(Recorded):
         self,
         network: Callable[..., Tensor],
         event_shape: Sequence[Size],
-        base_scale: Positive | None = None,
+        base_scale: BaseScale | None = None,
         *,
         condition: Condition | None = None,
         condition_dropout: Annotated[float, Within(0, 1, "[)")] = 0.1,
@@ -63,10 +66,13 @@ class EBM(Recorded):
         cls,
         event_shape: Sequence[Size],
         widths: Sequence[Size] = (128, 128),
-        base_scale: Positive | None = 2.0,
+        base_scale: BaseScale | None = 2.0,
+        condition: Condition | None = None,
     ) -> EBM:
-        """Fully connected layers on the flat x; smooth, so that chains that follow its gradient find their way."""
-        return cls(MLP(event_shape, (), widths), event_shape, base_scale)
+        """Fully connected layers on the flat x, and features of c; smooth, so that chains can follow their gradient."""
+        if condition is None:
+            return cls(MLP(event_shape, (), widths), event_shape, base_scale)
+        return cls(_Joined(event_shape, widths, condition), event_shape, base_scale, condition=condition)
 
     def energy(self, x: Tensor) -> Tensor:
         """E(x) in nats, c missing: x `(batch, *event)` -> `(batch,)`."""
@@ -102,11 +108,24 @@ class EBM(Recorded):
         value = value.reshape(x.shape[: x.ndim - len(self.event_shape)])
         if self.base_scale is None:
             return value
-        return value + x.flatten(x.ndim - len(self.event_shape)).square().sum(-1) / (2 * self.base_scale**2)
+        return value + x.reshape(*value.shape, -1).square().sum(-1) / (2 * self.base_scale**2)
 
     def _condition(self, c: Tensor | None, x: Tensor) -> Tensor:
         assert self.condition is not None
         return self.condition.missing(len(x), x) if c is None else c
+
+
+class _Joined(Recorded):
+    """Fully connected layers on the flat x beside features of c, as many as the first layer is wide."""
+
+    def __init__(self, event_shape: Sequence[Size], widths: Sequence[Size], condition: Condition) -> None:
+        super().__init__()
+        width = widths[0] if widths else 1
+        self.embed = condition.embedding(width)
+        self.layers = MLP((math.prod(event_shape) + width,), (), widths)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return self.layers(torch.cat([x.flatten(1), self.embed(c)], dim=1))
 
 
 class _At(nn.Module):

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import pyro
 import torch
 from pyro.distributions import ImproperUniform
 from torch import Tensor, nn
 
-from probgen.core import Batch, EstimateKind, Positive, Size
+from probgen.core import Batch, EstimateKind, Positive, Size, Within
 from probgen.couplings import Couplings
-from probgen.models.boltzmann_machine import FIRST_WEIGHTS, Units, seen
+from probgen.models.boltzmann_machine import FIRST_WEIGHTS, Units, log_odds, seen
 from probgen.models.energy import Undrawable
 from probgen.recorded import Recorded
+
+Copies = Annotated[int, Within(1, 100)]
 
 
 class RBM(Recorded):
@@ -44,7 +46,9 @@ class RBM(Recorded):
     gives_up: ClassVar[str] = "Z beyond 25 units in the smaller layer; draws need Gibbs moves"
     weight_kind: ClassVar[EstimateKind] = "unbiased"
 
-    def __init__(self, event_shape: Sequence[Size], num_hidden: Size, temperature: Positive = 1.0) -> None:
+    def __init__(
+        self, event_shape: Sequence[Size], num_hidden: Size = 128, temperature: Positive = 1.0
+    ) -> None:
         super().__init__()
         self.event_shape, self.num_hidden = tuple(event_shape), num_hidden
         self.temperature = temperature
@@ -55,9 +59,8 @@ class RBM(Recorded):
 
     def couplings(self) -> Couplings:
         """Its energy over T."""
-        weight, bias, hidden = (
-            value / self.temperature for value in (self.weight, self.visible_bias, self.hidden_bias)
-        )
+        values = self.weight, self.visible_bias, self.hidden_bias
+        weight, bias, hidden = values if self.temperature == 1 else (v / self.temperature for v in values)
         return Couplings({("x", "h"): weight}, {"x": bias, "h": hidden})
 
     def free_energy(self, x: Tensor) -> Tensor:
@@ -70,9 +73,12 @@ class RBM(Recorded):
 
     def set_rates(self, x: Tensor) -> None:
         """Set the visible biases so that with zero weights each unit is on as often as in data x `(n, *event)`."""
-        rate = x.flatten(1).mean(0).clamp(0.5 / len(x), 1 - 0.5 / len(x))
         with torch.no_grad():
-            self.visible_bias.copy_(self.temperature * rate.logit())
+            self.visible_bias.copy_(self.temperature * log_odds(x))
+
+    def ascend(self, x: Tensor) -> Tensor:
+        """A draw of h given x `(batch, *event)`: `(batch, num_hidden)`."""
+        return self.couplings().draw("h", {"x": x.flatten(1)})
 
     def model(self, batch: Batch) -> Tensor:
         """x with a factor exp(-F), then h | x Bernoulli: their joint law up to Z."""
@@ -111,7 +117,7 @@ class GaussianRBM(RBM):
     offers: ClassVar[str] = "features of real data; exact p(x) up to Z, and its gradient"
     gives_up: ClassVar[str] = "Z beyond 25 hidden units; one scale a coordinate, whatever the features"
 
-    def __init__(self, event_shape: Sequence[Size], num_hidden: Size, scale: Positive = 1.0) -> None:
+    def __init__(self, event_shape: Sequence[Size], num_hidden: Size = 128, scale: Positive = 1.0) -> None:
         super().__init__(event_shape, num_hidden)
         self.register_buffer("scale", torch.tensor(float(scale)))
         self.scale: Tensor
@@ -132,6 +138,50 @@ class GaussianRBM(RBM):
 
     def _flat(self) -> ImproperUniform:
         return Undrawable(self.event_shape)
+
+
+class TwinRBM(RBM):
+    """An RBM with copies of x, or of h, that share weights: E = -sum_ab x_a'W h_b - sum_a b'x_a - sum_b c'h_b.
+
+    With two copies of x all that h feels from below is doubled, as if as much again came from above: so the lowest and
+    the highest layers of a deep Boltzmann machine are pretrained.
+
+    Args:
+        event_shape: shape of one copy of x; data are `(batch, visible_copies, *event_shape)`.
+        num_hidden: hidden units of one copy, >= 1.
+        visible_copies, hidden_copies: in 1..100.
+
+    Raises:
+        InputError: a number below 1.
+
+    Source: Salakhutdinov & Hinton (2009), AISTATS, section 3.1.
+
+    >>> TwinRBM((4,), num_hidden=3, visible_copies=2).event_shape
+    (2, 4)
+    """
+
+    offers: ClassVar[str] = "the halves of a deep Boltzmann machine, one by one"
+
+    def __init__(
+        self,
+        event_shape: Sequence[Size],
+        num_hidden: Size,
+        visible_copies: Copies = 1,
+        hidden_copies: Copies = 1,
+    ) -> None:
+        super().__init__(event_shape, num_hidden)
+        self.visible_copies, self.hidden_copies = visible_copies, hidden_copies
+        self.event_shape = (visible_copies, *self.event_shape)
+
+    def couplings(self) -> Couplings:
+        """Its energy, copies side by side in a layer."""
+        below, above = self.visible_copies, self.hidden_copies
+        biases = {"x": self.visible_bias.repeat(below), "h": self.hidden_bias.repeat(above)}
+        return Couplings({("x", "h"): self.weight.repeat(below, above)}, biases)
+
+    def set_rates(self, x: Tensor) -> None:
+        """As for an RBM of one copy: x `(n, visible_copies, *event)`."""
+        super().set_rates(x[:, 0])
 
 
 def example() -> RBM:

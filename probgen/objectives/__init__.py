@@ -10,6 +10,7 @@ from probgen.objectives.iwae import IWAE
 from probgen.objectives.noise_contrastive import NoiseContrastive
 from probgen.objectives.simple import SimpleLoss
 from probgen.objectives.sliced_score_matching import SlicedScoreMatching
+from probgen.objectives.smoothed_score_matching import SmoothedScoreMatching
 
 __all__ = [
     "ELBO",
@@ -23,4 +24,5 @@ __all__ = [
     "PersistentContrastiveDivergence",
     "SimpleLoss",
     "SlicedScoreMatching",
+    "SmoothedScoreMatching",
 ]

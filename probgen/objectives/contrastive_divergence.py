@@ -8,15 +8,18 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
+from probgen.conditioning import drop
 from probgen.core import (
     Batch,
     Count,
     Energetic,
+    InputError,
     NonNegative,
     UnsupportedError,
     Within,
     check_fields,
     describe,
+    given,
 )
 from probgen.couplings import Couplings, Pairwise
 from probgen.moves import GibbsMoves, Moves, State
@@ -24,6 +27,9 @@ from probgen.recorded import Recorded
 
 _ONE_SWEEP = GibbsMoves()
 _HELD_SWEEPS = 20  # of hidden units that are coupled to one another, x held
+_FAR = (
+    100  # times the distance of the farthest datum from the mean of the data: chains there have left for good
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,11 @@ class ContrastiveDivergence:
         moves: what moves x, e.g. `GibbsMoves(1)` (CD-1) or `LangevinMoves(20)`.
         penalty: weight >= 0 of the mean squared energy of data and draws, which keeps energies of networks bounded.
 
+    Where there are conditions, each row's draw is made at its own.
+
+    Raises:
+        InputError: by `loss`, where the moves run away from the data: the energy falls without end.
+
     Source: Hinton (2002), Neural Computation 14; the penalty: Du & Mordatch (2019), arXiv 1903.08689.
 
     >>> from probgen.models.rbm import example
@@ -46,6 +57,7 @@ class ContrastiveDivergence:
 
     moves: Moves = _ONE_SWEEP
     penalty: NonNegative = 0.0
+    needs: ClassVar[tuple[type, ...]] = ()  # an energy, or couplings
     paper: ClassVar[str] = "Hinton 2002, Neural Computation 14"
     offers: ClassVar[str] = "fits an energy without its normaliser, k moves a step"
     gives_up: ClassVar[str] = "the likelihood's own gradient: biased as long as k moves do not mix"
@@ -55,10 +67,10 @@ class ContrastiveDivergence:
 
     def loss(self, program: Any, batch: Batch) -> Tensor:
         """The difference of energies per row; see `Objective.loss`."""
-        x = batch.data["x"]
+        x, program = batch.data["x"], _admitted(program, batch.condition)
         with torch.no_grad():
             drawn = self.moves.move(program, self.moves.start(program, x))
-        return contrast(program, x, drawn, self.penalty)
+        return contrast(program, x, program, drawn, self.penalty)
 
 
 class PersistentContrastiveDivergence(Recorded):
@@ -70,7 +82,8 @@ class PersistentContrastiveDivergence(Recorded):
         restart: share of chains in [0, 1) that start anew from noise at each step, as replay buffers do.
         penalty: as for `ContrastiveDivergence`.
 
-    Chains are buffers of this module, and saved with a run.
+    Chains are buffers of this module, and saved with a run. Each keeps the condition of the row that it began at, where
+    there are conditions, until it starts anew.
 
     Source: Tieleman (2008), ICML; Younes (1999); the replay buffer: Du & Mordatch (2019), arXiv 1903.08689.
 
@@ -79,6 +92,7 @@ class PersistentContrastiveDivergence(Recorded):
     torch.Size([])
     """
 
+    needs: ClassVar[tuple[type, ...]] = ()  # an energy, or couplings
     paper: ClassVar[str] = "Tieleman 2008, ICML"
     offers: ClassVar[str] = "negative examples of chains that have run as long as the fit"
     gives_up: ClassVar[str] = "chains lag behind where weights move fast"
@@ -99,42 +113,110 @@ class PersistentContrastiveDivergence(Recorded):
 
     def loss(self, program: Any, batch: Batch) -> Tensor:
         """The difference of energies per row, the chains moved once; see `Objective.loss`."""
-        x = batch.data["x"]
+        x, seen = batch.data["x"], _admitted(program, batch.condition)
         with torch.no_grad():
-            drawn = self._chains(program, x)
+            drawn, c = self._chains(program, batch)
+            dreamer = _undropped(program, c)
             if program.training:  # a look at the validation data leaves the chains where they are
-                drawn = self.moves.move(program, drawn)
-            for site, value in drawn.items():
-                self.register_buffer(f"chains_{site}", value)
-        return contrast(program, x, drawn, self.penalty)
+                drawn = self.moves.move(dreamer, drawn)
+            self._keep(drawn, c)
+        return contrast(seen, x, dreamer, drawn, self.penalty)
 
-    def _chains(self, program: Any, x: Tensor) -> State:
-        found = {name.removeprefix("chains_"): value for name, value in self.named_buffers()}
-        if not found:
-            rows = torch.randint(len(x), (self.num_chains,))
-            return self.moves.start(program, x[rows])
-        if self.restart:
-            anew = torch.rand(self.num_chains) < self.restart
-            fresh = self.moves.start(program, _noise_like(program, x, int(anew.sum())))
-            for site, value in fresh.items():
-                found[site] = found[site].clone()
-                found[site][anew] = value
-        return found
+    def _chains(self, program: Any, batch: Batch) -> tuple[State, Tensor | None]:
+        """Where the chains are, and at which conditions."""
+        x, found = batch.data["x"], dict(self.named_buffers())
+        c = found.pop("condition", None)
+        state = {name.removeprefix("chains_"): value for name, value in found.items()}
+        if not state:
+            rows = torch.randint(len(x), (self.num_chains,), device=x.device)
+            return self.moves.start(program, x[rows]), _conditions(program, batch, rows)
+        if self.restart and program.training:
+            anew = (torch.rand(self.num_chains) < self.restart).nonzero().squeeze(1).to(x.device)
+            fresh = self.moves.start(program, _noise_like(program, x, len(anew)))
+            state = {site: value.index_copy(0, anew, fresh[site]) for site, value in state.items()}
+            if c is not None:
+                rows = torch.randint(len(x), (len(anew),), device=x.device)
+                c = c.index_copy(0, anew, _conditions(program, batch, rows))
+        return state, c
+
+    def _keep(self, state: State, c: Tensor | None) -> None:
+        for site, value in state.items():
+            self.register_buffer(f"chains_{site}", value)
+        if c is not None:
+            self.register_buffer("condition", c)
 
 
-def contrast(program: Any, x: Tensor, drawn: State, penalty: float) -> Tensor:
-    """Mean energy of data minus mean energy of draws, differentiable in the weights."""
+def _admitted(program: Any, c: Tensor | None) -> Any:
+    """The program at the conditions of the data; `UnsupportedError` where it has no energy."""
+    if not isinstance(program, Energetic | Pairwise):
+        raise UnsupportedError(f"Contrastive divergence needs an energy; {describe(program)} has none.")
+    return given(program, c)
+
+
+def _conditions(program: Any, batch: Batch, rows: Tensor) -> Any:
+    """What chains are conditioned on: what some rows are, missing as often as it is while the program learns."""
+    if batch.condition is None:
+        return None
+    return drop(program.condition, batch.condition[rows], program.condition_dropout)
+
+
+def _undropped(program: Any, c: Tensor | None) -> Any:
+    """The program at the conditions of chains, none of them dropped once more."""
+    training, program.training = program.training, False
+    try:
+        return given(program, c)
+    finally:
+        program.training = training
+
+
+def contrast(program: Any, x: Tensor, dreamer: Any, drawn: State, penalty: float) -> Tensor:
+    """Mean energy of data minus mean energy of draws, differentiable in the weights.
+
+    Args:
+        program: at the conditions of the data, where there are any.
+        x: the data, `(rows, *event)`.
+        dreamer: the program at the conditions of the draws.
+        drawn: what its moves came to.
+        penalty: weight of the squared energies.
+    """
     if isinstance(program, Pairwise):
         couplings = program.couplings()
+        couplings.check("x", x.flatten(1))
         with torch.no_grad():
-            seen = couplings.statistics({"x": x.flatten(1), **hidden_means(program, couplings, x)})
-            dreamt = couplings.statistics(_rao_blackwell(couplings, drawn))
-        return couplings.dot(dreamt) - couplings.dot(seen)
-    if not isinstance(program, Energetic):
-        raise UnsupportedError(f"Contrastive divergence needs an energy; {describe(program)} has none.")
-    energy, other = program.energy(x), program.energy(drawn["x"])
+            sizes = len(x), len(drawn["x"])
+            share = torch.cat(
+                [x.new_full((size,), sign / size) for size, sign in zip(sizes, (-1, 1), strict=True)]
+            )
+            difference = couplings.statistics(_seen_and_drawn(program, couplings, x, drawn), share)
+        return couplings.dot(difference)
+    _check_near(program, x, drawn["x"])
+    energy, other = program.energy(x), dreamer.energy(drawn["x"])
     loss = energy.mean() - other.mean()
     return loss + penalty * (energy.square().mean() + other.square().mean()) if penalty else loss
+
+
+def _check_near(program: Any, x: Tensor, drawn: Tensor) -> None:
+    """Raise `InputError` where draws are not finite, or far beyond all data."""
+    centre = x.flatten(1).mean(0)
+    reach, far = ((value.flatten(1) - centre).norm(dim=1) for value in (x, drawn))
+    lost = ~far.isfinite() | ((far > _FAR * reach.max()) & (reach.max() > 0))
+    if bool(lost.any()):
+        raise InputError(
+            f"{int(lost.sum())} of {len(drawn)} chains of {describe(program)} ran away, the farthest {far.max():.3g} "
+            f"from the mean of the data, where no datum is beyond {reach.max():.3g}: the energy falls without end, or "
+            "the moves are too long for it. Give it a well, EBM(..., base_scale=2.0), a penalty on energies, "
+            "penalty=0.1, or shorter moves, LangevinMoves(step_size=..., clip=...)."
+        )
+
+
+def _seen_and_drawn(program: Any, couplings: Couplings, x: Tensor, drawn: State) -> State:
+    """Rows of the data, hidden units at their means, above those of the draws: few large products are cheaper."""
+    if couplings.independent(couplings.sites[1:]):
+        rows = torch.cat((x.flatten(1), drawn["x"]))
+        return {"x": rows, **hidden_means(program, couplings, rows)}
+    seen = {"x": x.flatten(1), **hidden_means(program, couplings, x)}
+    dreamt = _rao_blackwell(couplings, drawn)
+    return {site: torch.cat((seen[site], dreamt[site])) for site in couplings.sites}
 
 
 def hidden_means(program: Any, couplings: Couplings, x: Tensor) -> State:

@@ -20,6 +20,7 @@ from probgen.core import (
     check_arguments,
     describe,
 )
+from probgen.couplings import Pairwise
 from probgen.noising import strata
 
 MISSING = -1
@@ -92,6 +93,11 @@ class ELBO:
                 raise UnsupportedError(
                     f"ELBO needs a guide q(z | x), and {describe(program)} has none: give it a method guide(batch), "
                     "or use probgen.Pair(model, guide)."
+                )
+            if isinstance(program, Pairwise):
+                raise UnsupportedError(
+                    f"{describe(program)} is a density up to a normaliser that moves with its weights: without it ELBO "
+                    "would rise for ever. Use PersistentContrastiveDivergence(), or pretrain()."
                 )
             if self.beta != 1 and isinstance(program, Stepwise):
                 raise UnsupportedError(

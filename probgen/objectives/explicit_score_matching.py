@@ -11,6 +11,7 @@ from torch import Tensor
 from probgen.core import Batch, Diffusion, check_fields
 from probgen.noising import admitted, noised, score_at, training_times
 from probgen.processes import Time, Weighting, over_event
+from probgen.unnoised import unnoised
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class ExplicitScoreMatching:
     What implicit, sliced and denoising score matching equal up to a constant: for oracles, and for learning a network
     from another one.
 
+    Energies, with s = -grad E, and scores without noise levels are matched at the data themselves: lambda is 1, no t.
+
     Args:
         target: grad log p_t, x_t `(batch, *event)` and t `(batch,)` -> `(batch, *event)`, an oracle's `score`.
         weighting: lambda, "sigma2" (no unit), "g2" (nats per unit of t) or "uniform" (1 over data squared).
@@ -27,7 +30,7 @@ class ExplicitScoreMatching:
 
     Raises:
         InputError: an unknown weighting, a time out of range.
-        UnsupportedError: by `loss`, for programs without a process and a denoiser.
+        UnsupportedError: by `loss`, for programs without a process and a denoiser, an energy or a score.
 
     Source: Hyvärinen (2005), Journal of Machine Learning Research 6, eq. 2.
 
@@ -50,7 +53,7 @@ class ExplicitScoreMatching:
 
     def loss(self, program: Any, batch: Batch) -> Tensor:
         """Half the weighted squared error, summed over coordinates: a differentiable scalar."""
-        program, x_0 = admitted(self, program, batch)
+        program, x_0 = admitted(self, unnoised(program, self.t), batch)
         process, t = program.process(), training_times(program, len(x_0), self.t)
         x_t = noised(process, x_0, t)
         error = score_at(program, t)(x_t) - self.target(x_t, t.to(x_t))

@@ -10,6 +10,7 @@ from torch import Tensor
 from probgen.core import Batch, Diffusion, check_fields
 from probgen.noising import admitted, scored, training_times
 from probgen.processes import Time, Weighting
+from probgen.unnoised import unnoised
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,15 @@ class ImplicitScoreMatching:
 
     Integrated by parts it is 1/2 E lambda |s - grad log p_t|^2 - 1/2 E lambda |grad log p_t|^2. Only x_t is needed.
 
+    Energies, with s = -grad E, and scores without noise levels are matched at the data themselves: lambda is 1, no t.
+
     Args:
         weighting: lambda, "sigma2" (no unit), "g2" (nats per unit of t) or "uniform" (1 over data squared).
         t: one noise level in [0, 1] instead of all.
 
     Raises:
         InputError: an unknown weighting, a time out of range.
-        UnsupportedError: by `loss`, for programs without a process and a denoiser.
+        UnsupportedError: by `loss`, for programs without a process and a denoiser, an energy or a score.
 
     Source: Hyvärinen (2005), Journal of Machine Learning Research 6, theorem 1.
 
@@ -44,7 +47,7 @@ class ImplicitScoreMatching:
 
     def loss(self, program: Any, batch: Batch) -> Tensor:
         """The mean over rows, summed over coordinates: a differentiable scalar; its least value is negative."""
-        program, x_0 = admitted(self, program, batch)
+        program, x_0 = admitted(self, unnoised(program, self.t), batch)
         at = scored(program, x_0, training_times(program, len(x_0), self.t), self.weighting)
         return (at.trace.sum() + 0.5 * (at.weight * at.score.square()).sum()) / len(x_0)
 

@@ -42,9 +42,10 @@ class NoiseContrastive:
     torch.Size([])
     """
 
-    noise: Any = None
+    noise: torch.distributions.Distribution | None = None
     ratio: Count = 1
-    widen: Annotated[float, Within(1, math.inf, "[)")] = 1.2
+    widen: Annotated[float, Within(1, 1000)] = 1.2
+    needs: ClassVar[tuple[type, ...]] = (Energetic,)
     paper: ClassVar[str] = "Gutmann & Hyvärinen 2010, AISTATS"
     offers: ClassVar[str] = "a normalised energy, without a Markov chain"
     gives_up: ClassVar[str] = "data far from any noise one can write down, images among them"

@@ -11,6 +11,7 @@ from torch import Tensor
 from probgen.core import Batch, Count, Diffusion, check_fields
 from probgen.noising import admitted, scored, training_times
 from probgen.processes import Time, Weighting
+from probgen.unnoised import unnoised
 
 ProjectionLaw = Literal["rademacher", "gaussian"]
 
@@ -22,6 +23,8 @@ class SlicedScoreMatching:
     Its mean over v is `ImplicitScoreMatching`: v'(ds/dx)v estimates the trace. Variance-reduced, (v's)^2 is replaced by
     what it is on average, |s|^2.
 
+    Energies, with s = -grad E, and scores without noise levels are matched at the data themselves: lambda is 1, no t.
+
     Args:
         num_projections: directions a row, >= 1; each costs one derivative of the network.
         law: of v, "rademacher" (signs, the least variance) or "gaussian".
@@ -31,7 +34,7 @@ class SlicedScoreMatching:
 
     Raises:
         InputError: num_projections < 1, an unknown law or weighting, a time out of range.
-        UnsupportedError: by `loss`, for programs without a process and a denoiser.
+        UnsupportedError: by `loss`, for programs without a process and a denoiser, an energy or a score.
 
     Source: Song et al. (2019), arXiv 1905.07088, eq. 7 and 8.
 
@@ -54,7 +57,7 @@ class SlicedScoreMatching:
 
     def loss(self, program: Any, batch: Batch) -> Tensor:
         """The mean over rows and directions, summed over coordinates: a differentiable scalar."""
-        program, x_0 = admitted(self, program, batch)
+        program, x_0 = admitted(self, unnoised(program, self.t), batch)
         directions = self._directions(x_0)
         t = training_times(program, len(x_0), self.t)
         at = scored(program, x_0, t, self.weighting, directions)

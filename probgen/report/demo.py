@@ -1,4 +1,4 @@
-"""The demo: real digits, two programs, every engine, an honest verdict. To be read as an example of all of probgen."""
+"""The demo: real digits, five programs, engine after engine, an honest verdict. An example of all of probgen."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from probgen import digits
 from probgen.randomness import forked_rng
 from probgen.report.folder import Folder
 from probgen.report.record import FIGURES, REPORT, Record
-from probgen.report.steps import hidden, images, latents, likelihoods, programs
+from probgen.report.steps import energies, hidden, images, latents, likelihoods, programs
 from probgen.report.steps.settings import QUICK, Settings
 from probgen.report.steps.yardstick import make_yardstick
 
@@ -25,13 +25,14 @@ FILES = [
     *hidden.FILES,
     *latents.FILES,
     *likelihoods.FILES,
+    *energies.FILES,
     FIGURES,
     REPORT,
 ]
 
 
 def demo(out: str | PathLike[str] = "runs/demo", *, quick: bool = False) -> Path:
-    """Fit a VAE and a DDPM to real digits, draw by every engine, and say how good each draw and likelihood is.
+    """Fit a VAE, a DDPM and three energies to digits, draw by engine after engine, and say how good each draw is.
 
     Args:
         out: where pictures, posteriors, figures and report.html go; files of others are left alone.
@@ -44,22 +45,24 @@ def demo(out: str | PathLike[str] = "runs/demo", *, quick: bool = False) -> Path
     with forked_rng(0), _one_thread():
         train, held_out = digits()
         record.say(
-            f"1/7  {len(train):,} digits to learn from, {len(held_out)} held out; a classifier to measure by"
+            f"1/8  {len(train):,} digits to learn from, {len(held_out)} held out; a classifier to measure by"
         )
         yardstick = make_yardstick(record, train, held_out, settings)
         fitting = record.section("Fitting")
-        record.say("2/7  a VAE, by SVI on the ELBO")
+        record.say("2/8  a VAE, by SVI on the ELBO")
         vae = programs.fit_vae(record, fitting, train, held_out, settings)
-        record.say("3/7  a hierarchical DDPM, by SVI on the ELBO")
+        record.say("3/8  a hierarchical DDPM, by SVI on the ELBO")
         ddpm = programs.fit_ddpm(record, fitting, train, held_out, settings)
-        record.say("4/7  images by four engines")
+        record.say("4/8  images by four engines")
         images.draw_images(record, train.all(), vae, ddpm, yardstick, settings)
-        record.say(f"5/7  the hidden half of {settings.num_hidden_digits} held-out digits by two engines")
+        record.say(f"5/8  the hidden half of {settings.num_hidden_digits} held-out digits by two engines")
         hidden.complete_digits(record, ddpm, held_out, settings)
-        record.say(f"6/7  latents of {settings.num_latent_digits} held-out digits by three engines")
+        record.say(f"6/8  latents of {settings.num_latent_digits} held-out digits by three engines")
         latents.infer_latents(record, vae, held_out, settings)
-        record.say(f"7/7  likelihoods of {len(held_out)} held-out digits by three estimates")
+        record.say(f"7/8  likelihoods of {len(held_out)} held-out digits by three estimates")
         likelihoods.estimate_evidence(record, vae, ddpm, held_out, settings)
+        record.say("8/8  three energies: half digits completed, and letters told from digits")
+        energies.complete_and_tell(record, train, held_out, settings)
     return record.finish(time.perf_counter() - started)
 
 

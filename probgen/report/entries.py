@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from probgen.core import Posterior
+from probgen.core import Energetic, Engine, Posterior, describe
+from probgen.couplings import Pairwise
 from probgen.diagnostics.summary import Summary, summary
+from probgen.inference import NUTS, Ancestral, DPMSolver, Gibbs, ProbabilityFlowODE, ReverseSDE
 
 _MOST_ENTRIES = 500  # of a site that are judged: a millisecond each
 _SMALLEST = 4  # pixels in a row of an image
@@ -37,6 +40,17 @@ def bounds_of(images: Tensor) -> tuple[float, float]:
     """The values shown as black and white: -1 and 1 where most pixels lie between them, as those of levels do."""
     low, high = images.double().flatten()[: 10**6].quantile(torch.tensor([0.01, 0.99], dtype=torch.double))
     return (-1.0, 1.0) if -1.5 < low < -0.5 and 0.5 < high < 1.5 else (float(low), float(high))
+
+
+def engines_for(program: Any) -> list[str]:
+    """The engines worth a try, the plainest that serves this program first."""
+    if isinstance(program, Pairwise):
+        first: Engine = Gibbs()
+    else:
+        first = NUTS() if isinstance(program, Energetic) else Ancestral()
+    others = (ReverseSDE(), ProbabilityFlowODE(), DPMSolver())
+    serving = [engine for engine in others if program is not None and engine.supports(program)]
+    return [describe(engine) for engine in (first, *serving)]
 
 
 def judge(posterior: Posterior) -> Summary:

@@ -37,7 +37,7 @@ class Record:
         self.advice: list[str] = []
         self.page = Page(
             "probgen on real digits",
-            "Two programs fitted to 8 x 8 digits, drawn from by every engine, each draw and likelihood judged.",
+            "Five programs fitted to 8 x 8 digits, drawn from by engine after engine, each draw and likelihood judged.",
         )
         self._table = self.page.section(TITLE)
 

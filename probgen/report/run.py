@@ -11,7 +11,7 @@ from typing import Any
 
 from probgen.report.findings import Findings, read_findings
 from probgen.report.page import Page
-from probgen.report.sections import about, draws, fitting, folder, likelihood, reconstructions
+from probgen.report.sections import about, draws, fitting, folder, likelihood, reconstructions, units
 from probgen.report.sections.folder import REPORT
 from probgen.report.story import Story
 from probgen.runs import POSTERIOR
@@ -53,6 +53,7 @@ def report(path: str | PathLike[str], *, program: Any = None, data: Any = None) 
         draws.tell(story)
         if found.record.verb != "infer":
             reconstructions.tell(story)
+            units.tell(story)
             likelihood.tell(story)
         folder.tell(story)
     for problem in found.problems:

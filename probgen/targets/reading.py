@@ -30,7 +30,6 @@ from probgen.core import (
     describe,
     did_you_mean,
 )
-from probgen.couplings import Pairwise
 from probgen.randomness import forked_rng
 from probgen.targets.bijections import bijection
 from probgen.targets.observing import Observing
@@ -77,7 +76,12 @@ def named(data: Any, missing: bool = False) -> dict[str, Tensor]:
 
 
 def read(
-    program: Any, data: Any = None, args: tuple[Any, ...] = (), *, num_rows: int | None = None
+    program: Any,
+    data: Any = None,
+    args: tuple[Any, ...] = (),
+    *,
+    num_rows: int | None = None,
+    missing: bool = False,
 ) -> Target:
     """Put observations into a program.
 
@@ -86,12 +90,13 @@ def read(
         data: observed values by site name; for a `Program` each has one row a datum. A tensor alone is site "x".
         args: the function's arguments; for a `Program` `(condition,)` or `(batch,)`.
         num_rows: rows to simulate where neither data nor condition says it.
+        missing: let NaN stand for values that were not seen.
 
     Raises `InputError` for values that are not finite or do not fit their site, and for sites that do not exist.
     """
     if isinstance(data, DataSets):
         return _read_sets(program, named(data.values), args)
-    observed = named(data, missing=isinstance(program, Pairwise))
+    observed = named(data, missing)
     if isinstance(program, Program):
         check_event(program, observed)
         args = (_batch(observed, args, num_rows),)
@@ -288,6 +293,7 @@ def _site(name: str, node: Mapping[str, Any], sets: Tensor | None = None) -> Sit
 
 def _check_values(site: Site, fn: Any, value: Tensor) -> None:
     with contextlib.suppress(NotImplementedError):
+        value = value.nan_to_num(nan=0.0)  # not seen, or refused before
         if not bool(fn.support.check(value).all()):
             raise InputError(
                 f"Site {site.name!r}: values {value.min():.4g}..{value.max():.4g} of {value.dtype} leave the support "

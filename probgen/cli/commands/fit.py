@@ -14,12 +14,19 @@ from probgen.cli.fitted import SETTINGS, make_program, slug, take_settings, writ
 from probgen.cli.naming import is_reference, method
 from probgen.cli.options import Parser, value_of
 from probgen.cli.words import INTERRUPTED, Answer, UsageError
-from probgen.core import describe
+from probgen.core import Diffusion, Flow, Guided, describe
+from probgen.couplings import Pairwise
 from probgen.data_files import comes_in_parts
 from probgen.discovery import methods
+from probgen.report.entries import engines_for
 
-OBJECTIVES = ("ConditionalFlowMatching", "ELBO", "DenoisingScoreMatching")
-ESTIMATORS = ("ELBOEstimate", "ODELikelihood")
+OBJECTIVES: dict[str, type] = {  # by the first of these that a program offers
+    "PersistentContrastiveDivergence": Pairwise,
+    "ConditionalFlowMatching": Flow,
+    "ELBO": Guided,
+    "DenoisingScoreMatching": Diffusion,
+}
+ESTIMATORS = ("AIS", "ELBOEstimate", "ODELikelihood")
 _ABOUT = (
     "Fit a program to data, into a run folder. PROGRAM is one of probgen's (probgen list programs), made for the "
     "shape of the data, or one of your own, file.py:Name or module:Name: a program, or a class or function that makes "
@@ -32,8 +39,8 @@ class Asked:
     """What the command adds.
 
     Args:
-        objective: what is minimised; by default the first that serves of ConditionalFlowMatching, ELBO and
-            DenoisingScoreMatching.
+        objective: what is minimised; by default PersistentContrastiveDivergence for Boltzmann machines, then the first
+            that serves of ConditionalFlowMatching, ELBO and DenoisingScoreMatching.
         validation: data on which the loss is followed; those in two parts, as digits and MNIST, have them already.
         run: the run folder; runs/PROGRAM-DATA by default.
     """
@@ -71,6 +78,7 @@ def run(words: Sequence[str], *, progress: bool) -> Answer:
     if history.interrupted:
         return Answer(str(history), facts, ["Stopped. The same call again goes on from here."], INTERRUPTED)
     unseen = asked.validation or (source.data if comes_in_parts(source.data) else "DATA_IT_HAS_NOT_SEEN")
+    unseen += " --binarise" * source.binarise
     return Answer(f"{history}\nrun: {folder}", facts, _next(folder, program, unseen, name))
 
 
@@ -90,15 +98,16 @@ def _parser(words: Sequence[str]) -> tuple[Parser, str, Any, Any]:
 
 
 def _objective(kind: Any, name: str | None) -> Any:
-    """The objective that was named, or the first of `OBJECTIVES` whose needs the program fulfils."""
+    """The objective that was named, or that of the first of `OBJECTIVES` that the program offers."""
     if name is not None:
         return method("objectives", name)
     program = kind if isinstance(kind, type) else type(kind)
-    for objective in map(methods("objectives").get, OBJECTIVES):
-        if all(issubclass(program, need) for need in getattr(objective, "needs", ())):
-            return objective
+    for objective, offered in OBJECTIVES.items():
+        if issubclass(program, offered):
+            return methods("objectives")[objective]
     raise UsageError(
-        f"which objective {describe(kind)} is fitted by cannot be told from its class: say it, --objective ELBO."
+        f"which objective {describe(kind)} is fitted by cannot be told from its class: say it, --objective NAME "
+        "(probgen list objectives)."
     )
 
 
@@ -130,6 +139,6 @@ def _next(folder: Path, program: Any, data: str, name: str) -> list[str]:
     known: dict[str, Any] = methods("evidence")
     where = f" --program {name}" if is_reference(name) else ""
     estimator = next((name for name in ESTIMATORS if known[name]().supports(program)), None)
-    commands = [f"sample {folder} Ancestral"]
+    commands = [f"sample {folder} {engines_for(program)[0]}"]
     commands += [f"evidence {folder} {estimator} --data {data}"] * (estimator is not None)
     return ["Next:", *(f"  probgen {command}{where}" for command in [*commands, f"report {folder}"])]

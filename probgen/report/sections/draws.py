@@ -5,13 +5,12 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from probgen.core import GUARANTEES, MEANINGS, Engine, Posterior, describe
+from probgen.core import GUARANTEES, MEANINGS, Posterior
 from probgen.diagnostics.plots import image_grid, plot_ranks, plot_traces
 from probgen.diagnostics.predict import predict
 from probgen.diagnostics.predictive import plot_predictive
 from probgen.diagnostics.summary import Summary
-from probgen.inference import DPMSolver, ProbabilityFlowODE, ReverseSDE
-from probgen.report.entries import bounds_of, images_of
+from probgen.report.entries import bounds_of, engines_for, images_of
 from probgen.report.page import Section
 from probgen.report.story import Story
 
@@ -35,7 +34,7 @@ def tell(story: Story) -> None:
 def _samples(story: Story) -> None:
     section = story.page.section("Samples")
     if not story.posteriors:
-        commands = [f"probgen sample {story.folder} {engine}" for engine in _engines_for(story.found.program)]
+        commands = [f"probgen sample {story.folder} {engine}" for engine in engines_for(story.found.program)]
         section.missing("Nothing was drawn yet.", "\n".join(commands))
         return
     grids = []
@@ -61,15 +60,6 @@ def _engines(story: Story) -> None:
     for name, verdict in story.verdicts.items():
         for problem in verdict.problems:
             story.page.problem(f"{name}: {problem}")
-
-
-def _engines_for(program: Any) -> list[str]:
-    """Ancestral sampling, and the other engines worth a try that serve this program."""
-    others: tuple[Engine, ...] = (ReverseSDE(), ProbabilityFlowODE(), DPMSolver())
-    return [
-        "Ancestral",
-        *(describe(engine) for engine in others if program is not None and engine.supports(program)),
-    ]
 
 
 def _row(name: str, posterior: Posterior, verdict: Summary | None) -> list[str]:

@@ -26,6 +26,8 @@ class Settings:
         svi_steps, num_warmup, max_tree_depth, num_draws: of the engines that infer them.
         num_samples: importance samples of a held-out digit.
         num_bounds: repeats of the DDPM's bound.
+        energy_steps: optimiser steps of each Boltzmann machine, half as many as of the network beside them.
+        num_temperatures: on the way to log Z.
     """
 
     classifier_steps: int = 800
@@ -45,6 +47,8 @@ class Settings:
     num_draws: int = 300
     num_samples: int = 500
     num_bounds: int = 2
+    energy_steps: int = 1200
+    num_temperatures: int = 1000
 
 
 QUICK = Settings(
@@ -64,4 +68,6 @@ QUICK = Settings(
     max_tree_depth=4,
     num_draws=10,
     num_samples=25,
+    energy_steps=20,
+    num_temperatures=20,
 )
