@@ -194,6 +194,18 @@ def check_finite(name: str, value: Tensor) -> None:
         )
 
 
+def check_shape(name: str, value: Any, *shapes: Sequence[int]) -> None:
+    """Raise `InputError` unless `value`, what a function of the user gave for one, is a tensor of one of these shapes.
+
+    >>> check_shape("density(mesh, t)", None, (64,))
+    Traceback (most recent call last):
+    probgen.core.InputError: density(mesh, t) must be a torch.Tensor of real numbers of shape (64,), got None.
+    """
+    if not (_fits(value, Tensor) and tuple(value.shape) in map(tuple, shapes)):
+        wanted = " or ".join(str(tuple(shape)) for shape in shapes)
+        raise InputError(f"{name} must {_wanted(Tensor, value)} of shape {wanted}, got {shown(value)}.")
+
+
 def check_alike(owner: str, tensors: Mapping[str, Tensor]) -> None:
     """Raise `InputError` unless all tensors are finite and of one floating point type on one device."""
     kinds = {name: (value.dtype, value.device) for name, value in tensors.items()}
@@ -803,8 +815,8 @@ class Engine(Method):
 class Estimator(Method):
     """Estimates log p(x) of each datum, with its error. Subclasses are frozen dataclasses."""
 
-    def estimate(self, target: Target, *, seed: int) -> Estimate:
-        """The estimate for the rows of `target.batch`."""
+    def estimate(self, target: Target, *, seed: int, progress: bool = True) -> Estimate:
+        """The estimate for the rows of `target.batch`; `progress` shows a live line on the terminal."""
         raise NotImplementedError
 
 

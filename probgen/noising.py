@@ -25,7 +25,7 @@ from probgen.core import (
 )
 from probgen.dynamics.fields import AffineDenoiser
 from probgen.dynamics.trace import estimated_divergence, exact_divergence
-from probgen.processes import Process, Weighting, over_event
+from probgen.processes import Process, Weighting, check_times, over_event
 
 _NUM_CELLS = 512
 
@@ -86,14 +86,16 @@ def training_times(program: Diffusion, size: int, t: float | None = None) -> Ten
     Args:
         program: where it has `levels()`, or is a chain, only these and the times of its steps occur.
         size: number of rows.
-        t: one time for all rows instead.
+        t: one time in [t_min, t_max] for all rows instead; `InputError` for others.
     """
+    process: Process = program.process()
     if t is not None:
-        return torch.full((size,), t, dtype=torch.float64)
+        same = torch.full((size,), t, dtype=torch.float64)
+        check_times(f"t of the objective, for {process},", same, process.t_min, process.t_max)
+        return same
     levels = _levels(program)
     if levels is not None:
         return levels[(strata(size) * len(levels)).long()]
-    process: Process = program.process()
     return process.t_min + (process.t_max - process.t_min) * strata(size)
 
 

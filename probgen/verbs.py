@@ -154,6 +154,7 @@ def evidence(
     args: tuple[Any, ...] = (),
     seed: NonNegativeInt = 0,
     levels: Annotated[int, Within(2)] | None = None,
+    progress: bool = False,
 ) -> Estimate:
     """Estimate log p(x) of each datum, with its error.
 
@@ -163,6 +164,7 @@ def evidence(
         data: what log p is of: a tensor (site "x"), tensors by site name, or a `Quantised` data set.
         args, seed: as for `infer`.
         levels: K where the data are K integer levels dequantised and scaled to [-1, 1]; taken from the data set.
+        progress: show a live line on the terminal.
 
     Returns an `Estimate`, one value a datum. Raises as `infer`.
     """
@@ -175,7 +177,7 @@ def evidence(
         target = read(program, data, args)
         if not target.data:
             raise InputError("There is nothing to take the evidence of: data is empty.")
-        return replace(estimator.estimate(target, seed=seed), levels=levels)
+        return replace(estimator.estimate(target, seed=seed, progress=progress), levels=levels)
 
 
 def _check_method(method: Any, contract: type, folder: str) -> None:

@@ -1,5 +1,7 @@
 """Every command end to end in small settings: what it prints where, what it leaves behind, and how it refuses."""
 
+import functools
+import importlib
 import json
 import os
 import shutil
@@ -9,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -229,6 +232,24 @@ def test_sample_takes_the_fields_of_the_engine(say: Say) -> None:
     assert told.facts["engine"] == "DDIM(steps=3, eta=0.5, grid=Power(exponent=3))"
     assert told.facts["num_draws"] == 5
     assert "picture" not in told.facts
+
+
+def test_evidence_shows_how_far_it_is_unless_told_to_be_quiet(
+    say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[bool] = []
+    command = importlib.import_module("probgen.cli.commands.evidence")
+    estimate = command.evidence
+
+    @functools.wraps(estimate)
+    def watched(*args: Any, progress: bool, **options: Any) -> Any:
+        shown.append(progress)
+        return estimate(*args, progress=progress, **options)
+
+    monkeypatch.setattr(command, "evidence", watched)
+    told = [say(f"evidence runs/vae ELBOEstimate --data digits --rows 3 {flag}") for flag in ("", "--quiet")]
+    assert shown == [True, False]
+    assert told[1].err == ""
 
 
 def test_evidence_is_kept_as_json(say: Say, folder: Path) -> None:

@@ -192,6 +192,13 @@ def test_refuses_labels(labels: Tensor, complaint: str) -> None:
         small().guide(Batch({"x": torch.zeros(2, 4), "c": labels}))
 
 
+def test_refuses_a_decoder_of_more_than_the_event() -> None:
+    """Of a number too, where there is no dimension of the event to compare."""
+    parts: dict[str, Any] = {"encoder": lambda *_: None, "decoder": lambda z, c: torch.cat([z, c], 1)}
+    with pytest.raises(InputError, match=r"decoder .*\*\(\)\), got \(2, 5\)"):
+        ConditionalVAE((), 2, 3, **parts).model(Batch(condition=torch.tensor([0, 1])))
+
+
 @pytest.mark.parametrize("probs", [torch.tensor([0.5, 0.6]), torch.tensor([1.0, 0.0]), torch.ones(1, 1)])
 def test_refuses_class_probabilities(probs: Tensor) -> None:
     parts: dict[str, Any] = dict.fromkeys(("encoder", "decoder", "classifier"), lambda *_: None)

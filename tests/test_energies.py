@@ -221,13 +221,13 @@ def mixing(x: Tensor) -> Tensor:
 WRONG: dict[str, tuple[Any, str]] = {
     "a dimension too many": (
         Energy(lambda x: bowl(x)[:, None], (2,)),
-        r"must have shape \(3,\), got .*of shape \(3, 1\)",
+        r"of shape \(3,\), got .*of shape \(3, 1\)",
     ),
     "one number for all": (
         Energy(lambda x: bowl(x).sum(), (2,)),
-        r"must have shape \(3,\), got .*of shape \(\)",
+        r"of shape \(3,\), got .*of shape \(\)",
     ),
-    "of another shape": (Score(lambda x: x[:, :1], (2,)), r"shape of x, \(3, 2\), got .*of shape \(3, 1\)"),
+    "of another shape": (Score(lambda x: x[:, :1], (2,)), r"of shape \(3, 2\), got .*of shape \(3, 1\)"),
     "random": (Energy(noisy, (2,)), "random: two calls at the same x differ.*as a Score"),
     "rows that know of each other": (Energy(mixing, (2,)), "depends on the other rows"),
     "detached": (

@@ -233,7 +233,9 @@ def test_a_flow_from_a_flow_leaves_it_as_it_was() -> None:
         ({"paired": True}, "p_init as a data set"),
         ({"p_init": torch.zeros(4, DIM), "paired": True, "coupling": "ot"}, "exclude each other"),
         ({"p_init": torch.zeros(4, 3)}, r"event shape \(3,\)"),
-        ({"p_init": "noise"}, "event shape None"),
+        ({"p_init": "noise"}, "p_init must be a Program or a torch.Tensor"),
+        ({"p_init": torch.zeros(4, DIM).to("meta")}, "p_init must be .*on meta"),
+        ({"p_init": lambda: None}, "p_init must be a Program"),
         ({"p_init": torch.zeros(4, DIM), "path": VP()}, "ends in x_1"),
     ],
 )

@@ -416,6 +416,10 @@ def test_lipschitz_constant_explains_the_clamp() -> None:
 # --- bad input, and what is drawn ---------------------------------------------------------------------------------
 
 
+def nothing(mesh: Mesh, t: float) -> Any:
+    """No density."""
+
+
 @pytest.mark.parametrize(
     ("call", "complaint"),
     [
@@ -429,7 +433,29 @@ def test_lipschitz_constant_explains_the_clamp() -> None:
         (lambda: fokker_planck(GaussianMixture.example(1), draws(2)), r"must be draws of GaussianMixture"),
         (lambda: fokker_planck(GaussianMixture.example(3), torch.randn(50, 3)), "3 coordinates"),
         (lambda: fokker_planck(GaussianMixture.example(1), torch.full((50, 1), math.inf)), "Inf"),
+        (lambda: fokker_planck(GaussianMixture.example(1), draws(1), density=nothing), "density.*got None"),
+        (
+            lambda: backward_heat(
+                GaussianMixture.example(1), draws(1), t_from=0.3, t_to=0.2, density=nothing
+            ),
+            "density.*got None",
+        ),
+        (
+            lambda: backward_heat(
+                GaussianMixture.example(1), torch.tensor([1e9, *[0.0] * 20])[:, None], t_from=0.3, t_to=0.2
+            ),
+            "mass 0 at t = 0.3",
+        ),
         (lambda: chi_square(Mesh((-9.0,), (9.0,), 512), torch.ones(512) / 18, torch.zeros(20, 1)), "too few"),
+        (
+            lambda: chi_square(Mesh((-9.0,), (9.0,), 512), torch.ones(2), torch.zeros(20, 1)),
+            r"of shape \(512,\)",
+        ),
+        (
+            lambda: chi_square(Mesh((-9.0,), (9.0,), 8), torch.ones(8) / 18, torch.zeros(20)),
+            r"x must be \(n, 1\)",
+        ),
+        (lambda: plot_flow(nothing, *flow_example()[1:], "nowhere.png"), "density.*got None"),
         (lambda: plot_flow(*flow_example()[:2], {}, "nowhere.png"), "no runs"),
         (
             lambda: plot_flow(

@@ -112,3 +112,8 @@ def test_bad_features_are_refused_in_words(a, b, told):
     with pytest.raises(InputError) as error:
         frechet_distance(a, b)
     assert told in str(error.value)
+
+
+def test_the_floor_of_what_has_no_rows_is_refused():
+    with pytest.raises(InputError, match="at least 2 samples"):
+        frechet_floor(torch.ones(()))

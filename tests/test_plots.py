@@ -121,6 +121,11 @@ def test_running_median_ignores_an_outlier() -> None:
         (lambda path: plot_traces(chains(), path, sites=["t"]), "no site 't'"),
         (lambda path: plot_ranks(replace(chains(), draws={"tau": chains()["tau"][:1]}), path), "one only"),
         (lambda path: plot_history({"loss": []}, path), "no finite value"),
+        (
+            lambda path: plot_history({"loss": [(1, 2, 3)]}, path),
+            r"curves\['loss'\] must hold numbers, or pairs",
+        ),
+        (lambda path: plot_history({"loss": ["a"]}, path), r"curves\['loss'\] must hold numbers, or pairs"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(

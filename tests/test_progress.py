@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -12,8 +13,23 @@ import pytest
 import torch
 from rich.console import Console
 
+from probgen import (
+    DDPM,
+    VAE,
+    ELBOEstimate,
+    GaussianMixture,
+    ImportanceWeighted,
+    ODELikelihood,
+    Pair,
+    Prior,
+    SMCEvidence,
+    TimeMLP,
+    TwistedSMC,
+    evidence,
+)
+from probgen.core import Batch, Estimator
 from probgen.inference.hmc import HMC
-from probgen.progress import Board, live, ticker
+from probgen.progress import Board, Stage, live, ticker
 from probgen.verbs import infer
 
 STAGES = {"warm-up": 500, "drawing": 1000}
@@ -137,6 +153,80 @@ def test_a_run_ends_with_what_its_posterior_says(monkeypatch: pytest.MonkeyPatch
     assert " 3 " in last  # chains
     assert f"{float(posterior.run_stats['step_size'].median()):.3g}" in last
     assert any("10/10" in line for line in screen.getvalue().splitlines() if "warm-up" in line)
+
+
+def shared(batch: Batch) -> None:
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with batch.plate():
+        pyro.sample("x", dist.Normal(mean, 1.0))
+
+
+def near(batch: Batch) -> None:
+    pyro.sample("mean", dist.Normal(0.5, 0.8))
+
+
+def seen() -> None:
+    x = pyro.sample("x", Prior(GaussianMixture.example()))
+    pyro.sample("y", dist.Normal(x, 0.5).to_event(1))
+
+
+ESTIMATES: dict[str, tuple[Any, Estimator, Any, str]] = {
+    "each step of a chain": (
+        DDPM(TimeMLP((2,), width=8), num_steps=10),
+        ELBOEstimate(2, batch_size=10),
+        torch.randn(5, 2),
+        "ELBOEstimate 9/9",
+    ),
+    "side by side": (VAE.mlp((2,), 1, (4,)), ELBOEstimate(3), torch.randn(5, 2), "ELBOEstimate 3/3"),
+    "one after another": (Pair(shared, near), ELBOEstimate(3), torch.ones(4), "ELBOEstimate 3/3"),
+    "in batches": (
+        VAE.mlp((2,), 1, (4,)),
+        ImportanceWeighted(30, batch_size=7),
+        torch.randn(5, 2),
+        "ImportanceWeighted 30/30",
+    ),
+    "as far as the paths have come": (
+        GaussianMixture.example(),
+        ODELikelihood(rtol=1e-2, atol=1e-2),
+        torch.randn(7, 2, dtype=torch.float64),
+        "ODELikelihood 7/7",
+    ),
+    "few paths at a time": (
+        GaussianMixture.example(),
+        ODELikelihood("hutchinson", 2, rtol=1e-2, atol=1e-2, memory=1),
+        torch.randn(3, 2, dtype=torch.float64),
+        "ODELikelihood 3/3",
+    ),
+    "an engine's own": (
+        seen,
+        SMCEvidence(TwistedSMC(particles=64, steps=20), num_runs=2),
+        {"y": torch.zeros(2)},
+        "TwistedSMC",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATES)
+def test_an_estimate_shows_how_far_it_is_and_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, estimator, data, last = ESTIMATES[name]
+    screen = terminal(monkeypatch)
+    plain = evidence(program, estimator, data)
+    assert screen.getvalue() == ""
+    told: list[int] = []
+    update = Stage.update
+
+    def listening(stage: Stage, done: int, *rest: Any) -> None:
+        told.append(done)
+        update(stage, done, *rest)
+
+    monkeypatch.setattr(Stage, "update", listening)
+    watched = evidence(program, estimator, data, progress=True)
+    assert torch.equal(watched.value, plain.value)
+    assert torch.equal(watched.standard_error, plain.standard_error)
+    lines = screen.getvalue().splitlines()
+    assert any(all(part in line for part in (*last.split(), "0:00")) for line in lines)
+    assert len(set(told)) > 1
+    assert told[-1] == max(told)
 
 
 def test_showing_progress_changes_no_draw(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -766,6 +766,11 @@ def test_a_fitted_score_sde_draws_its_data() -> None:
     assert x.std().item() == pytest.approx(mixture.covariance.item() ** 0.5, rel=0.1)
 
 
+def loss_of_clean_data(objective: Any) -> Tensor:
+    loss: Tensor = objective.loss(ScoreSDE(TimeMLP((2,), width=8)), Batch({"x": torch.zeros(3, 2)}))
+    return loss
+
+
 @pytest.mark.parametrize(
     ("make", "complaint"),
     [
@@ -776,6 +781,16 @@ def test_a_fitted_score_sde_draws_its_data() -> None:
         (lambda: DenoisingScoreMatching(sampling="important"), "did you mean 'importance'"),
         (lambda: DenoisingScoreMatching(t=1.5), r"t must lie in \[0, 1\].*got 1.5"),
         (lambda: ExplicitScoreMatching(abs, t=-0.1), r"got -0.1"),
+        *(
+            (partial(loss_of_clean_data, objective), r"t of the objective.*\[0.001, 1\].*got 0")
+            for objective in (
+                DenoisingScoreMatching(t=0.0),
+                ImplicitScoreMatching(t=0.0),
+                SlicedScoreMatching(t=0.0),
+                ExplicitScoreMatching(bump, t=0.0),
+            )
+        ),
+        (lambda: loss_of_clean_data(ExplicitScoreMatching(lambda x, t: None)), "target.*got None"),
         (lambda: ConditionalFlowMatching("normal"), "Unknown times 'normal'"),
         (lambda: SimpleLoss().loss(GaussianMixture.example(), Batch({"y": torch.zeros(3)})), "site 'x', got"),
     ],

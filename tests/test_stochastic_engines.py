@@ -505,6 +505,7 @@ def test_a_draw_depends_on_neither_batch_nor_mates(name):
         (lambda: FlowSDE(steps=1_000_001), "1,000,000"),
         (lambda: FlowSDE(diffusion=-1.0), "diffusion"),
         (lambda: FlowSDE(diffusion=math.nan), "diffusion"),
+        (lambda: FlowSDE(diffusion=1e30), "its square must fit float32"),
         (lambda: FlowSDE(batch_size=0), "batch_size"),
         (lambda: FlowSDE(method="huen"), "did you mean 'heun'"),
         (lambda: ReverseSDE(method="milstein"), "Unknown method .milstein."),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from probgen.core import Count, InputError, Positive, Within, check_arguments, describe
-from probgen.diagnostics.densities import Density, box, coordinates, on_mesh, own_density
+from probgen.diagnostics.densities import Density, box, coordinates, density_of, on_mesh
 from probgen.diagnostics.mesh import Mesh, Motion, evolve
 from probgen.dynamics import Velocity
 from probgen.processes import Process
 
 _NUM_POINTS = {1: 128, 2: 64}
+_LOST = 0.1  # of the mass, where a mesh is too coarse or too narrow to mean anything
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def backward_heat(
         num_points: of the mesh, along each axis; 128 for the line and 64 for the plane by default.
         ripple: size of the finest wave when it is added, relative to the largest density.
 
-    Returns a `BackwardHeat`. Raises `InputError` for other shapes, other programs, or times out of order.
+    Returns a `BackwardHeat`. Raises `InputError` for other shapes, other programs, times out of order, or a mesh
+    that does not see the density.
 
     Source: Evans (2010), Partial Differential Equations, section 2.3; Anderson (1982), doi
     10.1016/0304-4149(82)90051-5.
@@ -95,7 +97,7 @@ def backward_heat(
     check_arguments(backward_heat, locals())
     x_0 = coordinates(program, data)
     velocity = Velocity.of(program)
-    scaled = _Scaled(program, velocity, density or own_density(program, x_0, velocity.process))
+    scaled = _Scaled(program, velocity, density_of(program, x_0, velocity.process, density))
     if not stochasticity >= 0:
         raise InputError(f"stochasticity must be >= 0, got {stochasticity!r}.")
     if not velocity.t_min <= t_to < t_from <= velocity.t_max:
@@ -105,6 +107,7 @@ def backward_heat(
         )
     clock = [scaled.clock(t) for t in (t_from, t_to)]
     mesh = scaled.mesh(x_0, t_from, num_points or _NUM_POINTS[x_0.shape[1]])
+    _check_seen(mesh, scaled.density, (t_from, t_to))
     start, end = scaled.density(mesh, t_from), scaled.density(mesh, t_to)
     wave = ripple * start.max() * _finest_wave(mesh)
     still = heat(mesh)
@@ -128,6 +131,18 @@ def backward_heat(
         heat_error,
         family_error,
     )
+
+
+def _check_seen(mesh: Mesh, density: Density, times: Sequence[float]) -> None:
+    """`InputError` where the mesh is too coarse for the density at one of the times."""
+    for t in times:
+        mass = mesh.integral(density(mesh, t))
+        if not abs(mass - 1) <= _LOST:
+            raise InputError(
+                f"backward_heat: on {mesh.num_points} points an axis the density has mass {mass:.3g} at t = {t:g}, not "
+                "1: they are too few for a mesh as wide as the data noised to t_from. Use more num_points, a t_from "
+                "nearer to t_to, or leave outliers out."
+            )
 
 
 def heat(mesh: Mesh) -> Motion:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from probgen.core import InputError, Positive, check_arguments
+from probgen.core import InputError, Positive, check_arguments, check_finite, check_shape, shown
 from probgen.diagnostics.mesh import Mesh
 
 _CELLS = {1: 64, 2: 16}  # cells a mesh is cut into along each axis
@@ -36,7 +36,7 @@ def chi_square(mesh: Mesh, density: Tensor, x: Tensor, limit: Positive = 4.5) ->
         limit: the z above which an error counts as found, in `detectable`: the root mean square of (probability -
             expected)/expected over the law.
 
-    Returns a `ChiSquare`. Raises `InputError` where the draws are too few.
+    Returns a `ChiSquare`. Raises `InputError` where the draws are too few, and for other shapes.
 
     >>> mesh = Mesh((-8.0,), (8.0,), 512)
     >>> normal = torch.distributions.Normal(0.0, 1.0)
@@ -45,13 +45,19 @@ def chi_square(mesh: Mesh, density: Tensor, x: Tensor, limit: Positive = 4.5) ->
     (True, True)
     """
     check_arguments(chi_square, locals())
+    check_shape("chi_square: density", density, mesh.shape)
+    check_finite("chi_square: density", density)
+    if x.ndim != 2 or x.shape[1] != len(mesh.low):
+        raise InputError(f"chi_square: draws x must be (n, {len(mesh.low)}), as the mesh is, got {shown(x)}.")
     size = max(1, mesh.num_points // _CELLS[len(mesh.low)])
-    expected = len(x) * mesh.cells(density, size).flatten()
+    expected = len(x) * mesh.cells(density.double(), size).flatten()
     counted = mesh.count(x.detach().cpu(), size).flatten().double()
     alone = expected >= _FEWEST
     freedom = int(alone.sum())
     if not freedom:
-        raise InputError(f"{len(x)} draws are too few for this mesh: no cell expects {_FEWEST} of them.")
+        raise InputError(
+            f"chi_square: {len(x)} draws x are too few: by the density no cell of the mesh expects {_FEWEST} of them."
+        )
     counted, expected = (_with_rest(value[alone], len(x)) for value in (counted, expected))
     statistic = ((counted - expected).square() / expected.clamp_min(1)).sum().item()
     spread = 2 / (9 * freedom)

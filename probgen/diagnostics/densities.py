@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probgen.core import InputError, Normalised, Scored, check_arguments, check_finite, describe, shown
+from probgen.core import (
+    InputError,
+    Normalised,
+    Scored,
+    check_arguments,
+    check_finite,
+    check_shape,
+    describe,
+    shown,
+)
 from probgen.diagnostics.mesh import Mesh
 from probgen.dynamics.engine import floating_weight
 from probgen.processes import Gaussian, Process
@@ -65,8 +74,21 @@ def _kernels(mesh: Mesh, law: Gaussian) -> Tensor:
     return factors[0].sum(0) if len(factors) == 1 else factors[0].mT @ factors[1]
 
 
-def own_density(program: Any, data: Tensor, process: Process | None) -> Density:
-    """The exact density of an oracle, that of the noised data `(n, d)` for any other diffusion."""
+def held(density: Density) -> Density:
+    """A density of the user's, held to `(*mesh.shape)` numbers."""
+
+    def checked(mesh: Mesh, t: float) -> Tensor:
+        p = density(mesh, t)
+        check_shape("density(mesh, t)", p, mesh.shape)
+        return p.detach().double().cpu()
+
+    return checked
+
+
+def density_of(program: Any, data: Tensor, process: Process | None, given: Density | None = None) -> Density:
+    """The density that was given, else the exact one of an oracle, or that of the noised data `(n, d)`."""
+    if given is not None:
+        return held(given)
     if isinstance(program, Normalised) and isinstance(program, Scored):
         return exact_density(program)
     if process is None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from probgen.core import InputError, check_arguments
-from probgen.diagnostics.densities import Density
+from probgen.diagnostics.densities import Density, held
 from probgen.diagnostics.mesh import Mesh
 from probgen.diagnostics.plots import PALETTE, File, new_figure
 
@@ -64,7 +64,7 @@ def plot_flow(
             )
     draw, size = (_draw_line, (0.7 + 3.6 * len(runs), 3.4)) if len(mesh.low) == 1 else (_draw_plane, None)
     with new_figure(path, size=size or (2.0 * _NUM_PANELS + 0.6, 0.7 + 2.1 * len(runs))) as figure:
-        draw(figure, density, mesh, flat, f" ({unit})" if unit else "")
+        draw(figure, held(density), mesh, flat, f" ({unit})" if unit else "")
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     return Path(path)

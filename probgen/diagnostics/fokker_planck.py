@@ -29,7 +29,7 @@ from probgen.core import (
     describe,
 )
 from probgen.diagnostics.chi_square import chi_square
-from probgen.diagnostics.densities import Density, box, coordinates, law_at, on_mesh, own_density
+from probgen.diagnostics.densities import Density, box, coordinates, density_of, law_at, on_mesh
 from probgen.diagnostics.lipschitz import Lipschitz, lipschitz
 from probgen.diagnostics.mesh import Mesh, Motion
 from probgen.dynamics import Velocity
@@ -307,7 +307,7 @@ def fokker_planck(
     question = _Question(
         program, Velocity.of(program), coordinates(program, data), num_points, num_steps, limit, seed
     )
-    density = density or own_density(program, question.data, question.velocity.process)
+    density = density_of(program, question.data, question.velocity.process, density)
     at = _times(question.velocity, times)
     marginals = [
         marginal

@@ -64,6 +64,7 @@ def frechet_floor(features: Tensor, seed: NonNegativeInt = 0, num_splits: Count 
     True
     """
     check_arguments(frechet_floor, locals())
+    features = _check_features(features)
     generator = torch.Generator().manual_seed(seed)
     half = len(features) // 2
     splits = [torch.randperm(len(features), generator=generator) for _ in range(num_splits)]

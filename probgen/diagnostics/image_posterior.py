@@ -70,10 +70,10 @@ def plot_image_posterior(
 
 def _grey(images: Tensor, name: str) -> Array:
     """Without the dimension of a single channel."""
-    channels = images.shape[-3] if images.ndim == (5 if name == "draws" else 4) else 1
-    if channels != 1 or images.ndim < 3:
+    has_channels = images.ndim == (5 if name == "draws" else 4)
+    if images.ndim < 3 or (has_channels and images.shape[-3] != 1):
         raise InputError(f"{name}: expected images of one channel, got {tuple(images.shape)}.")
-    squeezed = images.squeeze(-3) if images.ndim == (5 if name == "draws" else 4) else images
+    squeezed = images.squeeze(-3) if has_channels else images
     found: Array = squeezed.detach().double().cpu().numpy()
     return found
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from probgen.core import FileError, InputError, Posterior, Size, Terms, check, check_arguments
+from probgen.core import FileError, InputError, Posterior, Size, Terms, check, check_arguments, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -382,12 +382,12 @@ def plot_history(
 
     Returns the path. Raises `InputError` where there is nothing to draw.
     """
+    check_arguments(plot_history, {"path": path, "ylabel": ylabel, "title": title})
     check("plot_history: curves", curves, Mapping[str, Sequence[Any]])  # losses may be NaN
-    check("plot_history: path", path, File)
-    points = {name: _points(curve) for name, curve in curves.items() if len(curve)}
+    points = {name: _points(name, curve) for name, curve in curves.items() if len(curve)}
     points = {name: (step, value) for name, (step, value) in points.items() if len(value)}
     if not points:
-        raise InputError(f"There is no finite value to plot in {list(curves)}.")
+        raise InputError(f"plot_history: there is no finite value to plot in the curves {list(curves)}.")
     with new_figure(path, size=(6.5, 3.4)) as figure:
         axes = figure.add_subplot()
         smooth = [
@@ -402,13 +402,23 @@ def plot_history(
     return Path(path)
 
 
-def _points(curve: Curve) -> tuple[Array, Array]:
+def _points(name: str, curve: Curve) -> tuple[Array, Array]:
     """Steps, counted from 1 where they are not given, and values, where both are finite."""
-    points = np.asarray(curve, dtype=np.float64)
+    points = _numbers(curve)
     if points.ndim == 1:
         points = np.stack([np.arange(1.0, len(points) + 1), points], axis=1)
+    if points.shape[1:] != (2,):
+        raise InputError(f"curves[{name!r}] must hold numbers, or pairs (step, value), got {shown(curve)}.")
     step, value = points[np.isfinite(points).all(1)].T
     return step, value
+
+
+def _numbers(curve: Curve) -> Array:
+    """All of them, as they are nested; none where there is something else."""
+    try:
+        return np.asarray(curve, dtype=np.float64)
+    except (TypeError, ValueError):
+        return np.empty(())
 
 
 def _draw_curve(axes: Axes, step: Array, value: Array, colour: str, name: str) -> Array:

@@ -26,9 +26,11 @@ from probgen.dynamics.trace import Field, estimated_divergence, exact_divergence
 from probgen.processes import over_event
 
 LogDensity = Callable[[Tensor], Tensor]
+Show = Callable[[float], None]
 Evaluation = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 _ERROR_OVER_DIFFERENCE = 1 / 16
 _ROUNDINGS = 8
+_COARSE = 1 / 3  # of the work are the longer steps: there are twice as many of the others
 
 
 class Solved(NamedTuple):
@@ -131,15 +133,16 @@ class Likelihood:
         terminal, integral, _ = self._parts(x, y)
         return terminal + integral[:, 0]
 
-    def solve(self, x: Tensor, probes: Tensor | None = None) -> Solved:
+    def solve(self, x: Tensor, probes: Tensor | None = None, show: Show | None = None) -> Solved:
         """log p of x `(batch, *event)` with its error, by the exact trace or by probes `(batch, n, *event)`.
 
         Probes stay the same on the whole path. A row whose field turns NaN is NaN, and the others are unaffected.
+        `show` is told on the way which share of the work is done, in [0, 1].
         """
         with torch.no_grad():
             augmented = _Augmented(self, x, probes)
-            coarse, moments = self._adaptively(augmented)
-            fine = dopri5_along(augmented.derivative(), augmented.start, _halved(moments))
+            coarse, moments = self._adaptively(augmented, self._shown(augmented, show, 0, _COARSE))
+            fine = dopri5_along(self._shown(augmented, show, _COARSE, 1), augmented.start, _halved(moments))
             fine = torch.where(coarse.isnan().any(1, keepdim=True), torch.nan, fine)
             terminal, integral, x_1 = self._parts(x, fine)
             other_terminal, other_integral, _ = self._parts(x, coarse)
@@ -173,6 +176,20 @@ class Likelihood:
             derivative or augmented.derivative(), augmented.start, *self.span(), rtol=rtol, atol=atol
         )
         return y, stats.moments
+
+    def _shown(self, augmented: _Augmented, show: Show | None, begin: float, end: float) -> Derivative:
+        """The derivative for a solve whose work is the part from `begin` to `end` of all, which it shows as it goes."""
+        derivative = augmented.derivative()
+        if show is None:
+            return derivative
+        (first, last), num_rows = self.span(), len(augmented.start)
+
+        def shown(t: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+            left = ((last - t) / (last - first)).sum().item() / num_rows
+            show(end - left * (end - begin))
+            return derivative(t, y, rows)
+
+        return shown
 
     def _parts(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """log p_1(x_1), the integrals and x_1."""

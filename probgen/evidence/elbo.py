@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -22,9 +23,11 @@ from probgen.core import (
     Target,
     Terms,
     Within,
+    describe,
     given,
 )
 from probgen.couplings import Pairwise
+from probgen.progress import Update, ticker
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,13 @@ class ELBOEstimate(Estimator):
         """Whether the program has a guide."""
         return needs_guide(program)
 
-    def estimate(self, target: Target, *, seed: int) -> Estimate:
+    def estimate(self, target: Target, *, seed: int, progress: bool = True) -> Estimate:
         """The bound of each row; see `Estimator.estimate`."""
         started = time.perf_counter()
         if isinstance(target.program, Stepwise):
-            terms, calls = self._steps(target.program, target.data["x"], target.batch.condition)
+            terms, calls = self._steps(target.program, target.data["x"], target.batch.condition, progress)
         else:
-            terms, calls = self._sites(target), self.num_particles
+            terms, calls = self._sites(target, progress), self.num_particles
         spread = torch.stack(list(terms.values())).sum(0)  # (particle, row)
         return Estimate(
             value=spread.mean(0),
@@ -72,34 +75,54 @@ class ELBOEstimate(Estimator):
             cost=Cost(network_calls=calls, seconds=time.perf_counter() - started),
         )
 
-    def _sites(self, target: Target) -> dict[str, Tensor]:
-        assert target.guide is not None
-        weights = log_weights(target.model, target.guide, target.args, self.num_particles, vectorises(target))
-        return {name: value.double() for name, value in weights.items()}
+    def _sites(self, target: Target, progress: bool) -> dict[str, Tensor]:
+        with ticker(describe(self), self.num_particles, progress) as update:
+            parts = list(drawn_weights(target, self.num_particles, self.num_particles, update))
+        return {name: torch.cat([part[name] for part in parts]).double() for name in parts[0]}
 
     def _steps(
-        self, program: Stepwise, x_0: Tensor, condition: Tensor | None
+        self, program: Stepwise, x_0: Tensor, condition: Tensor | None, progress: bool
     ) -> tuple[dict[str, Tensor], int]:
         """Every step of every row, particles and all, in chunks of `batch_size` rows: the prior first, as drawn."""
         rows, steps = len(x_0), program.steps()
         k = torch.tensor(steps, device=x_0.device).repeat_interleave(rows * self.num_particles)
         row = torch.arange(rows, device=x_0.device).repeat(self.num_particles * len(steps))
-        chunks = zip(row.split(self.batch_size), k.split(self.batch_size), strict=True)
-        lost = torch.cat(
-            [
-                given(program, None if condition is None else condition[some])
-                .step_term(x_0[some], at)
-                .double()
-                for some, at in chunks
-            ]
-        )
+        chunks = list(zip(row.split(self.batch_size), k.split(self.batch_size), strict=True))
+        parts: list[Tensor] = []
+        with ticker(describe(self), len(chunks), progress) as update:
+            for some, at in chunks:
+                update(len(parts))
+                conditioned = given(program, None if condition is None else condition[some])
+                parts.append(conditioned.step_term(x_0[some], at).double())
+            update(len(parts))
+        lost = torch.cat(parts)
         by_step = dict(zip(steps, lost.reshape(len(steps), self.num_particles, rows), strict=True))
         shape = (self.num_particles, rows)
         ends = {name: -value.double().expand(shape) for name, value in program.end_terms(x_0).items()}
         terms = {name: value for name, value in ends.items() if name != "x"}
         terms |= {f"x_{k - 1}" if k > 1 else "x": -by_step[k] for k in reversed(steps)}
         terms |= {name: value for name, value in ends.items() if name == "x"}
-        return terms, -(-lost.numel() // self.batch_size)
+        return terms, len(chunks)
+
+
+def drawn_weights(
+    target: Target, num_draws: int, at_once: int, update: Update
+) -> Iterator[dict[str, Tensor]]:
+    """`log_weights` of batches of draws from the guide, `num_draws` in all.
+
+    Args:
+        target: a program with a guide.
+        num_draws: how many in all.
+        at_once: how many are drawn side by side, where the program can.
+        update: is told how many are done.
+    """
+    assert target.guide is not None
+    vectorised = vectorises(target)
+    size = at_once if vectorised else 1
+    for done in range(0, num_draws, size):
+        update(done)
+        yield log_weights(target.model, target.guide, target.args, min(size, num_draws - done), vectorised)
+    update(num_draws)
 
 
 def average_terms(terms: dict[str, Tensor]) -> Terms:

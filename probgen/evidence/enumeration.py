@@ -11,6 +11,7 @@ from torch import Tensor
 
 from probgen.core import Cost, Estimate, Estimator, InputError, Support, Target, Within
 from probgen.couplings import Couplings, Pairwise
+from probgen.progress import Update, silent, ticker
 
 _AT_ONCE = 2**15  # states
 
@@ -51,30 +52,37 @@ class Enumeration(Estimator):
             )
         return support
 
-    def estimate(self, target: Target, *, seed: int) -> Estimate:
+    def estimate(self, target: Target, *, seed: int, progress: bool = True) -> Estimate:
         """log p of each row; see `Estimator.estimate`."""
         started, couplings = time.perf_counter(), target.program.couplings()
         x = target.data["x"].flatten(1).to(couplings.biases["x"].dtype)
-        log_z = log_partition(couplings, self.max_units)
         hidden = [site for site in couplings.sites if site != "x"]
-        value = log_sum(couplings, {"x": x}, hidden, self.max_units) - log_z
+        stages = {"log Z": 2 ** num_visited(couplings, list(couplings.sites))}
+        stages["data"] = len(x) * 2 ** num_visited(couplings, hidden)
+        with ticker("states", stages, progress) as update:
+            log_z = log_partition(couplings, self.max_units, update)
+            value = log_sum(
+                couplings, {"x": x}, hidden, self.max_units, lambda done: update(stages["log Z"] + done)
+            )
         return Estimate(
-            value,
+            value - log_z,
             torch.zeros_like(value),
             "exact",
             event_size=x.shape[1],
             diagnostics={"log_partition": log_z.expand(len(x))},
             cost=Cost(seconds=time.perf_counter() - started),
-            convention="nats of binary data; the sum over all states",
+            convention="nats of the data as given; the sum over all states",
         )
 
 
-def log_partition(couplings: Couplings, max_units: int = 25) -> Tensor:
+def log_partition(couplings: Couplings, max_units: int = 25, update: Update = silent) -> Tensor:
     """log Z, `()`: by visiting the states of the fewest units that make all others independent."""
-    return log_sum(couplings, {}, list(couplings.sites), max_units)
+    return log_sum(couplings, {}, list(couplings.sites), max_units, update)
 
 
-def log_sum(couplings: Couplings, seen: dict[str, Tensor], free: list[str], max_units: int) -> Tensor:
+def log_sum(
+    couplings: Couplings, seen: dict[str, Tensor], free: list[str], max_units: int, update: Update = silent
+) -> Tensor:
     """log of the sum of exp(-E) over the states of the layers `free`: `(rows,)`, or `()` where no layer is seen.
 
     Args:
@@ -82,6 +90,7 @@ def log_sum(couplings: Couplings, seen: dict[str, Tensor], free: list[str], max_
         seen: values of all other layers, each `(rows, n_l)`.
         free: the layers to sum over.
         max_units: raise `InputError` where the states of more than these would be visited.
+        update: is told how many states were visited.
     """
     visited = _visited(couplings, free)
     size = _size(couplings, visited)
@@ -102,6 +111,7 @@ def log_sum(couplings: Couplings, seen: dict[str, Tensor], free: list[str], max_
         state |= {site: value.repeat(len(several), 1) for site, value in seen.items()}
         log_weights = -couplings.free_energy(state).expand(len(several) * rows)
         parts.append(log_weights.reshape(-1, rows).logsumexp(0))
+        update((first + len(several)) * rows)
     total = torch.stack(parts).logsumexp(0)
     return total if seen else total[0]
 

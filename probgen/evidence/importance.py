@@ -10,9 +10,9 @@ from typing import Annotated, ClassVar
 import torch
 
 from probgen.arviz_io import pareto_khat
-from probgen.bounds import log_weights
-from probgen.core import Cost, Count, Estimate, Estimator, Guided, Support, Target, Within
-from probgen.evidence.elbo import bound_kind, event_size, needs_guide, vectorises
+from probgen.core import Cost, Count, Estimate, Estimator, Guided, Support, Target, Within, describe
+from probgen.evidence.elbo import bound_kind, drawn_weights, event_size, needs_guide
+from probgen.progress import ticker
 
 GOOD_KHAT = 0.7
 
@@ -49,14 +49,12 @@ class ImportanceWeighted(Estimator):
         """Whether the program has a guide."""
         return needs_guide(program)
 
-    def estimate(self, target: Target, *, seed: int) -> Estimate:
+    def estimate(self, target: Target, *, seed: int, progress: bool = True) -> Estimate:
         """log p of each row; see `Estimator.estimate`."""
-        started, parts = time.perf_counter(), []
-        assert target.guide is not None
-        for first in range(0, self.num_samples, self.batch_size):
-            size = min(self.batch_size, self.num_samples - first)
-            sites = log_weights(target.model, target.guide, target.args, size, vectorises(target))
-            parts.append(torch.stack([value.double() for value in sites.values()]).sum(0))
+        started = time.perf_counter()
+        with ticker(describe(self), self.num_samples, progress) as update:
+            batches = drawn_weights(target, self.num_samples, self.batch_size, update)
+            parts = [torch.stack([site.double() for site in sites.values()]).sum(0) for sites in batches]
         log_w = torch.cat(parts)  # (sample, row)
         normalised = log_w.softmax(0)
         ess = 1 / normalised.square().sum(0)

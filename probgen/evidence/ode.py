@@ -30,6 +30,7 @@ from probgen.dynamics.likelihood import Likelihood, LogDensity, Solved, field_of
 from probgen.dynamics.steppers import check_tolerances, listed
 from probgen.dynamics.trace import bytes_per_row
 from probgen.evidence.elbo import event_size
+from probgen.progress import Update, silent, ticker
 from probgen.randomness import Noise
 
 Trace = Literal["exact", "hutchinson"]
@@ -91,15 +92,14 @@ class ODELikelihood(Estimator):
         """Whether the program is a flow or a diffusion."""
         return Velocity.supports(program)
 
-    def estimate(self, target: Target, *, seed: int) -> Estimate:
+    def estimate(self, target: Target, *, seed: int, progress: bool = True) -> Estimate:
         """log p of each row; see `Estimator.estimate`."""
         started, x = time.perf_counter(), self._data(target)
         likelihood = self._likelihood(target)
         likelihood.log_terminal(x[:1])  # what is refused is refused before the work
-        parts = [
-            self._solve(likelihood, rows, x, seed)
-            for rows in torch.arange(len(x), device=x.device).split(self._rows(likelihood, x))
-        ]
+        chunks = torch.arange(len(x), device=x.device).split(self._rows(likelihood, x))
+        with ticker(describe(self), len(x), progress) as update:
+            parts = [self._solve(likelihood, rows, x, seed, update) for rows in chunks]
         solved = Solved.joined(parts)
         reason = self._lost(likelihood, x, solved.log_prob, seed)
         return Estimate(
@@ -147,8 +147,15 @@ class ODELikelihood(Estimator):
         directions = x[0].numel() if self.trace == "exact" else self.num_probes
         return max(1, self.memory // (_COPIES * kept * directions))
 
-    def _solve(self, likelihood: Likelihood, rows: Tensor, x: Tensor, seed: int) -> Solved:
-        return self._of(likelihood, rows).solve(x[rows], self._probes(rows, x, seed))
+    def _solve(self, likelihood: Likelihood, rows: Tensor, x: Tensor, seed: int, update: Update) -> Solved:
+        first = int(rows[0])
+
+        def show(share: float) -> None:
+            update(first + round(share * len(rows)))
+
+        return self._of(likelihood, rows).solve(
+            x[rows], self._probes(rows, x, seed), show=None if update is silent else show
+        )
 
     def _of(self, likelihood: Likelihood, rows: Tensor) -> Likelihood:
         if likelihood.condition is None:

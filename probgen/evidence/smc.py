@@ -50,9 +50,11 @@ class SMCEvidence(Estimator):
         """Whether the engine serves the program."""
         return self.engine.supports(program)
 
-    def estimate(self, target: Target, *, seed: int) -> Estimate:
+    def estimate(self, target: Target, *, seed: int, progress: bool = True) -> Estimate:
         """log p(y), one value a data set; see `Estimator.estimate`."""
-        posterior = self.engine.run(target, num_draws=1, num_chains=self.num_runs, seed=seed, progress=False)
+        posterior = self.engine.run(
+            target, num_draws=1, num_chains=self.num_runs, seed=seed, progress=progress
+        )
         if posterior.evidence is None:
             raise InputError(f"{self.engine} draws without finding the evidence. TwistedSMC() does.")
         return posterior.evidence

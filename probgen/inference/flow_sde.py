@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from probgen.core import InputError, NonNegative
+from probgen.core import InputError, Within, check_shape
 from probgen.dynamics import AffineDenoiser, FlowEngine, GaussianInitial, family_field, solve_sde
 from probgen.dynamics.fields import Steps
 from probgen.dynamics.torch_sde import CALLS_PER_STEP, SDEMethod
@@ -17,6 +17,7 @@ from probgen.processes import Grid, Process, as_grid
 from probgen.randomness import BrownianSteps, Noise
 
 Diffusing = Callable[[Tensor], Tensor]
+_LARGEST = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class FlowSDE(FlowEngine):
 
     Args:
         steps: number of solver steps, 1..1,000,000.
-        diffusion: w: a number >= 0, or a function of times `(n,)`, float64 -> `(n,)`, or `(n, *event)` for laws that
-            differ by coordinate, finite and >= 0. None is w^2 = d sigma^2/dt, which is finite at both ends even where
+        diffusion: w in [0, 1e6]: a number, or a function of times `(n,)`, float64 -> `(n,)`, or `(n, *event)` for laws
+            that differ by coordinate. None is w^2 = d sigma^2/dt, which is finite at both ends even where
             g^2 is not: w^2 = 2 t for the straight path, g^2 itself where alpha = 1.
         method: "euler" (a network call a step), "heun" or "srk" (two).
         grid: how the steps are spread over time: "uniform", "quadratic", "karras", or a `Grid`.
@@ -45,7 +46,9 @@ class FlowSDE(FlowEngine):
     """
 
     steps: Steps = 100
-    diffusion: Diffusing | NonNegative | None = None
+    diffusion: Diffusing | Annotated[float, Within(0, _LARGEST, why="its square must fit float32")] | None = (
+        None
+    )
     method: SDEMethod = "heun"
     grid: Grid | str = "quadratic"
     paper: ClassVar[str] = "Ma et al. 2024, arXiv 2401.08740"
@@ -75,21 +78,13 @@ class FlowSDE(FlowEngine):
         natural = process.variance_rate(t)
         if self.diffusion is None:
             return natural
-        w = (
-            torch.as_tensor(self.diffusion(t))
-            if callable(self.diffusion)
-            else torch.full_like(t, self.diffusion)
-        )
-        if w.shape not in (t.shape, natural.shape):
-            raise InputError(
-                f"diffusion must return w of shape {tuple(t.shape)}, one for each time, or {tuple(natural.shape)}; got "
-                f"{tuple(w.shape)}."
-            )
-        bad = ~(torch.isfinite(w) & (w >= 0)).reshape(len(t), -1).all(1)
+        w = self.diffusion(t) if callable(self.diffusion) else torch.full_like(t, self.diffusion)
+        check_shape("FlowSDE: diffusion(t)", w, t.shape, natural.shape)
+        bad = ~((w >= 0) & (w <= _LARGEST)).reshape(len(t), -1).all(1)
         if bool(bad.any()):
             raise InputError(
-                f"diffusion must be finite and >= 0 at every time; at t = {t[bad][0].item():.4g} it is "
-                f"{w[bad][0].min().item():.4g}."
+                f"FlowSDE: diffusion must be finite, in [0, {_LARGEST:,}], at every time; at "
+                f"t = {t[bad][0].item():.4g} it is {w[bad][0].min().item():.4g}."
             )
         return w.square().reshape(w.shape + (1,) * (natural.ndim - w.ndim))
 

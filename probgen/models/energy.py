@@ -10,7 +10,7 @@ import torch
 from pyro.distributions import ImproperUniform, constraints
 from torch import Tensor
 
-from probgen.core import Batch, InputError, Size, UnsupportedError, shown
+from probgen.core import Batch, Size, UnsupportedError, check_shape
 from probgen.recorded import Recorded, nameable
 
 
@@ -49,11 +49,7 @@ class Energy(Recorded):
         """E(x) in nats: x `(batch, *event)` -> `(batch,)`."""
         energy = self.function(x)
         batch = x.shape[: x.ndim - len(self.event_shape)]
-        if not isinstance(energy, Tensor) or energy.shape != batch:
-            raise InputError(
-                f"Energy: E of x of shape {tuple(x.shape)} must have shape {tuple(batch)}, got {shown(energy)}: "
-                "one number a row, summed over the event."
-            )
+        check_shape("Energy: function(x), one number a row,", energy, batch)
         return energy
 
     def model(self, batch: Batch) -> Tensor:

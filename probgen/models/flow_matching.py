@@ -80,7 +80,7 @@ class FlowMatching(DenoisingProgram):
         network: nn.Module,
         path: Process = OTPath(),  # noqa: B008 - frozen
         *,
-        p_init: Any = None,
+        p_init: Program | Tensor | None = None,
         coupling: Coupling = "independent",
         paired: bool = False,
         event_shape: Sequence[Size] | None = None,
@@ -109,7 +109,7 @@ class FlowMatching(DenoisingProgram):
         self.paired = paired
         self._initial = self._as_initial(p_init)
 
-    def _as_initial(self, p_init: Any) -> Initial:
+    def _as_initial(self, p_init: Program | Tensor | None) -> Initial:
         path, end = self._process, torch.ones(1, dtype=torch.float64)
         if p_init is None:
             return GaussianInitial(path.sigma(end)[0])
@@ -126,8 +126,6 @@ class FlowMatching(DenoisingProgram):
         if isinstance(p_init, Tensor):
             check_finite("FlowMatching: p_init", p_init)
             return DataInitial(p_init)
-        if not isinstance(p_init, Program):
-            raise InputError(f"p_init must be None, a program or a data set, got {type(p_init).__name__}.")
         self.p_init = p_init  # so that its weights move with those of the network
         return ProgramInitial(p_init)
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from probgen.core import Batch, InputError, Size, UnsupportedError, shown
+from probgen.core import Batch, Size, UnsupportedError, check_shape
 from probgen.recorded import Recorded, nameable
 
 
@@ -45,8 +45,7 @@ class Score(Recorded):
     def grad_log_prob(self, x: Tensor) -> Tensor:
         """s(x): x `(batch, *event)` -> `(batch, *event)`."""
         score = self.function(x)
-        if not isinstance(score, Tensor) or score.shape != x.shape:
-            raise InputError(f"Score: s(x) must have the shape of x, {tuple(x.shape)}, got {shown(score)}.")
+        check_shape("Score: function(x)", score, x.shape)
         return score
 
     def model(self, batch: Batch) -> Any:

@@ -168,6 +168,11 @@ def over_rows(net: Callable[..., Any], inputs: Sequence[tuple[Tensor, int]]) -> 
     return [output.reshape(batch_shape + output.shape[1:]) for output in outputs]
 
 
+def _batch_ndim(inputs: Sequence[tuple[Tensor, int]]) -> int:
+    """Number of batch dimensions of what `over_rows` gives for these inputs."""
+    return max(x.ndim - ndim for x, ndim in inputs)
+
+
 class LatentModel(Recorded):
     """What variational autoencoders share: two networks, three heads, and the laws of z and x they make.
 
@@ -213,13 +218,14 @@ class LatentModel(Recorded):
         self._check_shape("guide", "data at site 'x'", tuple(x.shape), self.event_shape)
         inputs = [(x, len(self.event_shape)), *((c.to(x), 1) for c in conditions)]
         loc, scale = over_rows(self.encoder, inputs)
-        self._check_shape("encoder", "a loc", tuple(loc.shape), (self.latent_dim,))
+        self._check_shape("encoder", "a loc", tuple(loc.shape), (self.latent_dim,), _batch_ndim(inputs))
         return self.posterior(loc, scale)
 
     def law_of_x(self, z: Tensor, *conditions: Tensor) -> Law:
         """p(x | z, conditions): z `(*batch, latent_dim)`, conditions `(*batch, size)`."""
-        (output,) = over_rows(self.decoder, [(z, 1), *((c.to(z), 1) for c in conditions)])
-        self._check_shape("decoder", "an output", tuple(output.shape), self.event_shape)
+        inputs = [(z, 1), *((c.to(z), 1) for c in conditions)]
+        (output,) = over_rows(self.decoder, inputs)
+        self._check_shape("decoder", "an output", tuple(output.shape), self.event_shape, _batch_ndim(inputs))
         law = self.likelihood(output)
         if not hasattr(law, "event_shape"):
             raise InputError(
@@ -228,8 +234,16 @@ class LatentModel(Recorded):
             )
         return law.to_event(len(self.event_shape) - law.event_dim)
 
-    def _check_shape(self, part: str, what: str, got: tuple[int, ...], event: tuple[int, ...]) -> None:
-        if got[max(0, len(got) - len(event)) :] != event:
+    def _check_shape(
+        self,
+        part: str,
+        what: str,
+        got: tuple[int, ...],
+        event: tuple[int, ...],
+        batch_ndim: int | None = None,
+    ) -> None:
+        """`InputError` unless the event's dimensions, which follow those of the batch where it is known, are these."""
+        if got[max(0, len(got) - len(event)) if batch_ndim is None else batch_ndim :] != event:
             raise InputError(
                 f"{type(self).__name__}: its {part} has {what} of the wrong shape: expected (..., *{event}), "
                 f"got {got}. Reshape the data, or build the networks for event_shape={self.event_shape} "

@@ -23,13 +23,13 @@ from probgen.core import (
 )
 from probgen.couplings import Couplings, Pairwise
 from probgen.moves import GibbsMoves, Moves, State
+from probgen.noising import admitted
 from probgen.recorded import Recorded
 
 _ONE_SWEEP = GibbsMoves()
 _HELD_SWEEPS = 20  # of hidden units that are coupled to one another, x held
-_FAR = (
-    100  # times the distance of the farthest datum from the mean of the data: chains there have left for good
-)
+# Times the distance of the farthest datum from the mean of the data: chains beyond have left for good.
+_FAR = 100
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ContrastiveDivergence:
 
     def loss(self, program: Any, batch: Batch) -> Tensor:
         """The difference of energies per row; see `Objective.loss`."""
-        x, program = batch.data["x"], _admitted(program, batch.condition)
+        program, x = _admitted(self, program, batch)
         with torch.no_grad():
             drawn = self.moves.move(program, self.moves.start(program, x))
         return contrast(program, x, program, drawn, self.penalty)
@@ -113,7 +113,7 @@ class PersistentContrastiveDivergence(Recorded):
 
     def loss(self, program: Any, batch: Batch) -> Tensor:
         """The difference of energies per row, the chains moved once; see `Objective.loss`."""
-        x, seen = batch.data["x"], _admitted(program, batch.condition)
+        seen, x = _admitted(self, program, batch)
         with torch.no_grad():
             drawn, c = self._chains(program, batch)
             dreamer = _undropped(program, c)
@@ -146,11 +146,11 @@ class PersistentContrastiveDivergence(Recorded):
             self.register_buffer("condition", c)
 
 
-def _admitted(program: Any, c: Tensor | None) -> Any:
-    """The program at the conditions of the data; `UnsupportedError` where it has no energy."""
+def _admitted(objective: Any, program: Any, batch: Batch) -> tuple[Any, Tensor]:
+    """The program at the conditions of the data, and the data; `UnsupportedError` where it has no energy."""
     if not isinstance(program, Energetic | Pairwise):
         raise UnsupportedError(f"Contrastive divergence needs an energy; {describe(program)} has none.")
-    return given(program, c)
+    return admitted(objective, program, batch)
 
 
 def _conditions(program: Any, batch: Batch, rows: Tensor) -> Any:

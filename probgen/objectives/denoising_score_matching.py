@@ -32,7 +32,7 @@ class DenoisingScoreMatching:
         sampling: of t, over [t_min, t_max], the program's levels, or k/T for a chain, always stratified: "uniform", or
             "importance", t about proportional to lambda/sigma^2 with exact weights. The mean is the same; with "g2" and
             "uniform" weightings the variance is far lower.
-        t: one noise level in [0, 1] instead of all.
+        t: one noise level in [t_min, t_max] of the process instead of all.
 
     Raises:
         InputError: an unknown weighting or sampling, a time out of range.

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from probgen.core import Batch, Diffusion, check_fields
+from probgen.core import Batch, Diffusion, check_fields, check_shape
 from probgen.noising import admitted, noised, score_at, training_times
 from probgen.processes import Time, Weighting, over_event
 from probgen.unnoised import unnoised
@@ -26,7 +26,7 @@ class ExplicitScoreMatching:
     Args:
         target: grad log p_t, x_t `(batch, *event)` and t `(batch,)` -> `(batch, *event)`, an oracle's `score`.
         weighting: lambda, "sigma2" (no unit), "g2" (nats per unit of t) or "uniform" (1 over data squared).
-        t: one noise level in [0, 1] instead of all.
+        t: one noise level in [t_min, t_max] of the process instead of all.
 
     Raises:
         InputError: an unknown weighting, a time out of range.
@@ -56,7 +56,9 @@ class ExplicitScoreMatching:
         program, x_0 = admitted(self, unnoised(program, self.t), batch)
         process, t = program.process(), training_times(program, len(x_0), self.t)
         x_t = noised(process, x_0, t)
-        error = score_at(program, t)(x_t) - self.target(x_t, t.to(x_t))
+        target = self.target(x_t, t.to(x_t))
+        check_shape("ExplicitScoreMatching: target(x_t, t)", target, x_t.shape)
+        error = score_at(program, t)(x_t) - target
         weight = over_event(process.weight(t, self.weighting), x_0)
         return 0.5 * (weight * error.square()).sum() / len(x_0)
 

@@ -23,7 +23,7 @@ class ImplicitScoreMatching:
 
     Args:
         weighting: lambda, "sigma2" (no unit), "g2" (nats per unit of t) or "uniform" (1 over data squared).
-        t: one noise level in [0, 1] instead of all.
+        t: one noise level in [t_min, t_max] of the process instead of all.
 
     Raises:
         InputError: an unknown weighting, a time out of range.

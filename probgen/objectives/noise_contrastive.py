@@ -15,12 +15,11 @@ from probgen.core import (
     Count,
     Energetic,
     InputError,
-    UnsupportedError,
     Within,
     check_fields,
-    describe,
     given,
 )
+from probgen.noising import admitted
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,7 @@ class NoiseContrastive:
 
     def loss(self, program: Any, batch: Batch) -> Tensor:
         """The logistic loss per row; see `Objective.loss`."""
-        if not isinstance(program, Energetic):
-            raise UnsupportedError(
-                f"NoiseContrastive needs an energy of real x; {describe(program)} has none."
-            )
-        x = batch.data["x"]
+        seeing, x = admitted(self, program, batch)
         law = self.noise or self._gaussian(x)
         if tuple(law.event_shape) != x.shape[1:]:
             raise InputError(
@@ -67,7 +62,7 @@ class NoiseContrastive:
             )
         noise = law.sample((len(x) * self.ratio,))
         c = batch.condition
-        seen = self._log_odds(given(program, c), law, x)
+        seen = self._log_odds(seeing, law, x)
         repeated = None if c is None else c.repeat(self.ratio, *[1] * (c.ndim - 1))
         dreamt = self._log_odds(given(program, repeated), law, noise)
         return F.softplus(-seen).mean() + self.ratio * F.softplus(dreamt).mean()

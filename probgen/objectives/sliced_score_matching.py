@@ -30,7 +30,7 @@ class SlicedScoreMatching:
         law: of v, "rademacher" (signs, the least variance) or "gaussian".
         variance_reduced: take |s|^2 for (v's)^2.
         weighting: lambda, "sigma2" (no unit), "g2" (nats per unit of t) or "uniform" (1 over data squared).
-        t: one noise level in [0, 1] instead of all.
+        t: one noise level in [t_min, t_max] of the process instead of all.
 
     Raises:
         InputError: num_projections < 1, an unknown law or weighting, a time out of range.

@@ -11,14 +11,13 @@ from torch import Tensor
 from probgen.core import (
     Batch,
     Energetic,
-    InputError,
     ScoreOnly,
     UnsupportedError,
     Within,
     check_fields,
     describe,
-    given,
 )
+from probgen.noising import admitted
 from probgen.unnoised import score_of
 
 
@@ -62,13 +61,9 @@ class SmoothedScoreMatching:
                 f"SmoothedScoreMatching needs an energy or a score of real x; {describe(program)} has neither. "
                 "A diffusion is fitted by DenoisingScoreMatching()."
             )
-        if "x" not in batch.data:
-            raise InputError(
-                f"SmoothedScoreMatching needs data for site 'x', got {sorted(batch.data) or 'none'}."
-            )
-        x = batch.data["x"]
+        program, x = admitted(self, program, batch)
         eps = torch.randn_like(x)
-        score = score_of(given(program, batch.condition), x + self.noise_scale * eps)
+        score = score_of(program, x + self.noise_scale * eps)
         return 0.5 * (self.noise_scale * score + eps).square().sum() / len(x)
 
 

@@ -24,7 +24,7 @@ _ABOUT = (
 )
 
 
-def run(words: Sequence[str], *, progress: bool) -> Answer:  # noqa: ARG001 - the signature of every command
+def run(words: Sequence[str], *, progress: bool) -> Answer:
     """Estimate, keep and tell."""
     parser = Parser("evidence RUN ESTIMATOR", _ABOUT)
     parser.take(DataOptions, "data")
@@ -44,6 +44,7 @@ def run(words: Sequence[str], *, progress: bool) -> Answer:  # noqa: ARG001 - th
         estimator,
         data if isinstance(data, Quantised) else observations(data, values["evidence"].get("seed", 0)),
         args=() if condition is None else (condition,),
+        progress=progress,
         **values["evidence"],
     )
     path = free_path(Path(folder, "evidence"), kind.__name__, ".json")

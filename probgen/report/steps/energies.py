@@ -187,7 +187,7 @@ def _likelihood(record: Record, machines: dict[str, Any], x: Tensor, settings: S
     """log p of binarised digits, log Z between two numbers."""
     estimator = AIS(num_temperatures=settings.num_temperatures)
     for name in ("RBM", "DBM"):
-        found = evidence(machines[name], estimator, x)
+        found = evidence(machines[name], estimator, x, progress=True)
         sign = "≥ " * (found.kind == "lower bound")
         quality = f"log p {sign}{found.mean:.2f} ± {found.mean_error:.2f} nats of pixels on or off"
         trust = (

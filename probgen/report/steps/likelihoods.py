@@ -22,7 +22,7 @@ def estimate_evidence(record: Record, vae: VAE, ddpm: DDPM, held_out: Quantised,
         (vae, ELBOEstimate()),
         (ddpm, ELBOEstimate(settings.num_bounds, batch_size=ROWS)),
     ]
-    estimates = [evidence(program, estimator, held_out) for program, estimator in plan]
+    estimates = [evidence(program, estimator, held_out, progress=True) for program, estimator in plan]
     for (program, estimator), estimate in zip(plan, estimates, strict=True):
         bits, error = estimate.bits_per_dim()
         quality = f"{bits:.3f} ± {error:.3f} bits/dim"
