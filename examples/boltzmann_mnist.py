@@ -54,7 +54,7 @@ class Sizes:
     share: float = 1.0
     quick: AIS = QUICK
     thorough: AIS = THOROUGH
-    sweeps: int = 5000
+    sweeps: int = 2000
 
     def steps(self, epochs: int, rows: int) -> int:
         """Steps of so many epochs of data of so many rows."""
@@ -213,7 +213,7 @@ def figures(estimate: Estimate) -> dict[str, float]:
 
 def draw_picture(programs: dict[str, Any], out: Path, sizes: Sizes) -> None:
     """Learning curves, the first filters of each machine, and ends of Gibbs chains that began at random."""
-    with new_figure(out / "boltzmann_mnist.png", size=(10, 3.4 * len(programs))) as figure:
+    with new_figure(out / "boltzmann_mnist.png", size=(9, 3.1 * len(programs))) as figure:
         rows = figure.subplots(len(programs), 3, squeeze=False)
         for (name, program), (curves, filters, fantasies) in zip(programs.items(), rows, strict=True):
             what, published = PUBLISHED[name]
@@ -222,7 +222,8 @@ def draw_picture(programs: dict[str, Any], out: Path, sizes: Sizes) -> None:
                 [point["minutes"] for point in curve], [point["log_likelihood"] for point in curve], "o-"
             )
             curves.axhline(published, color="black", linestyle=":")
-            curves.set_ylim(max(-130, curves.get_ylim()[0]), published + 5)
+            curves.set_ylim(max(-115, curves.get_ylim()[0]), published + 5)
+            curves.set_xlim(left=0)
             curves.annotate(
                 f"published {published}", (0, published), xytext=(2, 4), textcoords="offset points"
             )

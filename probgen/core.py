@@ -621,6 +621,17 @@ class Energetic(Program, Protocol):
 
 
 @runtime_checkable
+class Pairwise(Program, Protocol):
+    """A Boltzmann machine: units with pairwise couplings, drawn layer by layer given the others."""
+
+    def couplings(self) -> Any:
+        """Its energy, temperature included, as `probgen.couplings.Couplings`; site "x" is what data show, flat.
+
+        Where "x" is none of the layers, they are the top of a program that goes on downwards from them.
+        """
+
+
+@runtime_checkable
 class ScoreOnly(Program, Protocol):
     """A program of which only the score is known, which may be the gradient of nothing (a network)."""
 
@@ -796,6 +807,12 @@ class Engine(Method):
     numbered: ClassVar[bool] = False
     """Whether `run` takes `first`, and the share from the i-th on has the noise it has in the whole. If not, each
     share has a seed of its own: other draws of the same law."""
+
+    def supports(self, program: Any) -> Support:
+        """As for every method; engines of any program still cannot serve units that are on or off."""
+        if not self.needs and isinstance(program, Pairwise) and not isinstance(program, Energetic):
+            return Support(False, "its units are on or off, and no pass forwards draws them")
+        return super().supports(program)
 
     def run(
         self,

@@ -11,14 +11,13 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol, runtime_checkable
 
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from probgen.core import InputError, Program, UnsupportedError, describe
+from probgen.core import InputError, Pairwise, UnsupportedError, describe
 
 _FAR = 10  # root mean square distance of data from a Gaussian layer's biases, in scales
 
@@ -221,17 +220,6 @@ class Couplings:
             drawn = (uniform[:, unit] < odds.sigmoid()).to(value.dtype)
             value[:, unit] = drawn if held is None else torch.where(held[:, unit], value[:, unit], drawn)
         return value
-
-
-@runtime_checkable
-class Pairwise(Program, Protocol):
-    """A Boltzmann machine: units with pairwise couplings, drawn layer by layer given the others."""
-
-    def couplings(self) -> Couplings:
-        """Its energy, temperature included; site "x" is what data show, flat.
-
-        Where "x" is none of the layers, they are the top of a program that goes on downwards from them.
-        """
 
 
 def seen_couplings(program: Pairwise) -> Couplings:

@@ -8,8 +8,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from probgen.core import Count, Energetic, NonNegative, Positive, UnsupportedError, check_fields, describe
-from probgen.couplings import Couplings, Pairwise, seen_couplings
+from probgen.core import (
+    Count,
+    Energetic,
+    NonNegative,
+    Pairwise,
+    Positive,
+    UnsupportedError,
+    check_fields,
+    describe,
+)
+from probgen.couplings import Couplings, seen_couplings
 
 State = dict[str, Tensor]
 

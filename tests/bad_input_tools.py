@@ -42,8 +42,7 @@ from torch import Tensor, nn
 import probgen
 from probgen import verbs
 from probgen.conditioning import Condition
-from probgen.core import Batch, Cost, Engine, Estimator, NonFiniteWarning, ProbgenError, Terms
-from probgen.couplings import Pairwise
+from probgen.core import Batch, Cost, Engine, Estimator, NonFiniteWarning, Pairwise, ProbgenError, Terms
 from probgen.diagnostics import Mesh, flow_plots
 from probgen.discovery import FOLDERS
 from probgen.nets import GaussianMLP

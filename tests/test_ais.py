@@ -531,6 +531,12 @@ def test_discrete_latents_are_refused_by_name() -> None:
             lambda: bracket(gaussian(2)[0], AIS(5, 5, base=MultivariateNormal(torch.zeros(3), torch.eye(3)))),
             "2 coordinates",
         ),
+        (lambda: bracket(gaussian_rbm(), AIS(5, 5, base={"x": torch.zeros(3)})), "biases of the shapes"),
+        (lambda: evidence(boltzmann_machine(2, 1), AIS(5, 5), torch.tensor([[1.0, math.nan]])), "NaN"),
+        (
+            lambda: evidence(BoltzmannMachine((2,), 1), Enumeration(), {"h": torch.ones(1, 1)}),
+            "x is not among",
+        ),
     ],
 )
 def test_bad_input_is_named(call: Callable[[], Any], words: str) -> None:

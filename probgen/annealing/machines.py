@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from probgen.core import EstimateKind
+from probgen.core import EstimateKind, InputError
 from probgen.couplings import Couplings
 
 Layers = Mapping[str, Tensor]
@@ -65,7 +65,7 @@ class MachinePath:
     ) -> None:
         self.couplings, self.num_sweeps = couplings, num_sweeps
         self.num_rows, self.num_columns = num_rows, num_runs * num_rows
-        self.start = Couplings({}, dict(base or couplings.biases), couplings.scales)
+        self.start = Couplings({}, _checked(base, couplings), couplings.scales)
         self.summed = summed_out(couplings)
         self.kept = [site for site in couplings.sites if site not in self.summed]
         self.shifts = {
@@ -179,6 +179,16 @@ def clamped(couplings: Couplings, x: Tensor, num_runs: int) -> tuple[Couplings, 
     biases = {site: couplings.field(site, given).repeat(num_runs, 1) for site in others}
     rest = {pair: w for pair, w in couplings.weights.items() if "x" not in pair}
     return Couplings(rest, biases, couplings.scales), -alone.energy({"x": x})
+
+
+def _checked(base: Layers | None, couplings: Couplings) -> dict[str, Tensor]:
+    """Biases of p_0 for every layer; `InputError` where they do not fit the machine."""
+    biases = dict(couplings.biases if base is None else base)
+    got = {site: tuple(bias.shape) for site, bias in biases.items()}
+    wanted = {site: tuple(bias.shape) for site, bias in couplings.biases.items()}
+    if got != wanted:
+        raise InputError(f"AIS: base must hold biases of the shapes {wanted}, got {got}.")
+    return {site: bias.to(couplings.biases[site]) for site, bias in biases.items()}
 
 
 def _part(couplings: Couplings, sites: list[str]) -> Couplings:

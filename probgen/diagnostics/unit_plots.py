@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probgen.core import InputError, Posterior, Size, check_arguments, describe
-from probgen.couplings import Pairwise, seen_couplings
+from probgen.core import InputError, Pairwise, Posterior, Size, check_arguments, describe
+from probgen.couplings import seen_couplings
 from probgen.diagnostics.plots import PALETTE, Array, File, new_figure
 
 if TYPE_CHECKING:

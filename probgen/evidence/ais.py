@@ -25,7 +25,6 @@ from probgen.annealing import (
     clamped,
     collapse,
     effective_runs,
-    fitted,
     log_mean,
     log_mean_error,
     pilot,
@@ -42,6 +41,7 @@ from probgen.core import (
     Estimator,
     Guided,
     NonNegativeInt,
+    Pairwise,
     Stepwise,
     Support,
     Target,
@@ -50,9 +50,9 @@ from probgen.core import (
     describe,
     given,
 )
-from probgen.couplings import Couplings, Pairwise
+from probgen.couplings import Couplings
 from probgen.evidence.elbo import event_size
-from probgen.evidence.enumeration import log_sum, num_visited
+from probgen.evidence.enumeration import data_of, log_sum, num_visited
 from probgen.moves import GibbsMoves
 from probgen.progress import ticker
 from probgen.targets import frozen
@@ -78,7 +78,8 @@ class AIS(Estimator):
         num_temperatures: steps of beta, >= 1.
         moves: `GibbsMoves(..)` or `HamiltonianMoves(..)`; None takes what suits the program.
         base: another p_0. Biases by layer for machines, whose own they are otherwise; a `MultivariateNormal` over the
-            flat x for energies, otherwise fitted to draws of a pilot run; "guide" for latents, q(z | x) for p(z).
+            flat x for energies, such as `probgen.annealing.fitted(data)`, otherwise one that covers N(0, I) and where a
+            pilot run from there ends; "guide" for latents, q(z | x) in place of p(z).
         num_warmup: moves at beta = 1 between the forward runs' ends and the reverse runs' starts, to equilibrium.
 
     Raises:
@@ -159,7 +160,7 @@ class AIS(Estimator):
 
     def _by_partition(self, target: Target, progress: bool) -> Estimate:
         """log weight of x, less log Z."""
-        started, x, condition = time.perf_counter(), target.data["x"], target.batch.condition
+        started, x, condition = time.perf_counter(), data_of(target), target.batch.condition
         each = torch.zeros(len(x), dtype=torch.long, device=x.device)
         if condition is not None:  # those that are alike have one Z
             condition, each = torch.unique(condition, dim=0, return_inverse=True)
@@ -222,9 +223,8 @@ class AIS(Estimator):
     def _energy_path(
         self, program: Any, batch: Batch, moves: HamiltonianMoves, base: MultivariateNormal | None
     ) -> HamiltonianPath:
-        """From the base, or from a Gaussian that covers the data, if there are any, and where a pilot run ends."""
-        first = fitted(batch.data["x"].flatten(1)) if base is None and "x" in batch.data else base
-        ends = GaussianToEnergy(program, self.num_runs, batch.condition, first)
+        """From the base, or from a Gaussian that covers N(0, I) and where a pilot run from there ends."""
+        ends = GaussianToEnergy(program, self.num_runs, batch.condition, base)
         found = pilot(ends, moves)
         ends.check_bounded(found.position)
         if base is None:
@@ -255,7 +255,7 @@ class AIS(Estimator):
 
     def _log_weight(self, target: Target) -> tuple[Tensor, Tensor, EstimateKind]:
         """log p(x) + log Z of each row, its error, and what kind of number it is."""
-        program, x = target.program, target.data["x"]
+        program, x = target.program, data_of(target)
         if isinstance(self._moves(program), HamiltonianMoves):
             value = -given(program, target.batch.condition).energy(x)
             return value, torch.zeros_like(value), "unbiased"

@@ -18,6 +18,7 @@ from probgen.core import (
     EstimateKind,
     Estimator,
     Guided,
+    Pairwise,
     Stepwise,
     Support,
     Target,
@@ -26,7 +27,6 @@ from probgen.core import (
     describe,
     given,
 )
-from probgen.couplings import Pairwise
 from probgen.progress import Update, ticker
 
 

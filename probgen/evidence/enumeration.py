@@ -9,8 +9,19 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
-from probgen.core import Cost, Estimate, Estimator, InputError, Support, Target, Within
-from probgen.couplings import Couplings, Pairwise
+from probgen.core import (
+    Cost,
+    Estimate,
+    Estimator,
+    InputError,
+    Pairwise,
+    Support,
+    Target,
+    Within,
+    check_finite,
+    describe,
+)
+from probgen.couplings import Couplings
 from probgen.progress import Update, silent, ticker
 
 _AT_ONCE = 2**15  # states
@@ -55,7 +66,7 @@ class Enumeration(Estimator):
     def estimate(self, target: Target, *, seed: int, progress: bool = True) -> Estimate:
         """log p of each row; see `Estimator.estimate`."""
         started, couplings = time.perf_counter(), target.program.couplings()
-        x = target.data["x"].flatten(1).to(couplings.biases["x"].dtype)
+        x = data_of(target).flatten(1).to(couplings.biases["x"].dtype)
         hidden = [site for site in couplings.sites if site != "x"]
         stages = {"log Z": 2 ** num_visited(couplings, list(couplings.sites))}
         stages["data"] = len(x) * 2 ** num_visited(couplings, hidden)
@@ -73,6 +84,17 @@ class Enumeration(Estimator):
             cost=Cost(seconds=time.perf_counter() - started),
             convention="nats of the data as given; the sum over all states",
         )
+
+
+def data_of(target: Target) -> Tensor:
+    """x, of which every unit must have been seen: `InputError` where that is not so."""
+    if "x" not in target.data:
+        raise InputError(
+            f"Of {describe(target.program)} log p(x) is known, and x is not among the data: {[*target.data]}."
+        )
+    x = target.data["x"]
+    check_finite("Site 'x'", x)
+    return x
 
 
 def log_partition(couplings: Couplings, max_units: int = 25, update: Update = silent) -> Tensor:

@@ -17,12 +17,13 @@ from probgen.core import (
     Engine,
     InputError,
     NonNegativeInt,
+    Pairwise,
     Posterior,
     Target,
     UnsupportedError,
     describe,
 )
-from probgen.couplings import Couplings, Pairwise
+from probgen.couplings import Couplings
 from probgen.kernels.state import ChainState, check_fits
 from probgen.progress import ticker
 from probgen.randomness import time_key

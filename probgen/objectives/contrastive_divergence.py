@@ -15,13 +15,14 @@ from probgen.core import (
     Energetic,
     InputError,
     NonNegative,
+    Pairwise,
     UnsupportedError,
     Within,
     check_fields,
     describe,
     given,
 )
-from probgen.couplings import Couplings, Pairwise
+from probgen.couplings import Couplings
 from probgen.moves import GibbsMoves, Moves, State
 from probgen.noising import admitted
 from probgen.recorded import Recorded
@@ -120,7 +121,8 @@ class PersistentContrastiveDivergence(Recorded):
             if program.training:  # a look at the validation data leaves the chains where they are
                 drawn = self.moves.move(dreamer, drawn)
             self._keep(drawn, c)
-        return contrast(seen, x, dreamer, drawn, self.penalty)
+        loss = contrast(seen, x, dreamer, drawn, self.penalty)
+        return loss if c is None else loss - _of_conditions(seen, dreamer, x, len(c))
 
     def _chains(self, program: Any, batch: Batch) -> tuple[State, Tensor | None]:
         """Where the chains are, and at which conditions."""
@@ -167,6 +169,16 @@ def _undropped(program: Any, c: Tensor | None) -> Any:
         return given(program, c)
     finally:
         program.training = training
+
+
+def _of_conditions(seen: Any, dreamer: Any, x: Tensor, num_chains: int) -> Tensor:
+    """The contrast between the conditions of data and of chains, with x of no condition in particular: zero on average.
+
+    Chains are at some conditions more often than the data of a step are. What that would add to E(x, c) has no bearing
+    on p(x | c), and without end it would grow.
+    """
+    some, others = x[torch.randperm(len(x))], x[torch.randint(len(x), (num_chains,))]
+    return contrast(seen, some, dreamer, {"x": others}, 0.0)
 
 
 def contrast(program: Any, x: Tensor, dreamer: Any, drawn: State, penalty: float) -> Tensor:

@@ -15,12 +15,12 @@ from probgen.core import (
     Count,
     Guided,
     NonNegative,
+    Pairwise,
     Stepwise,
     UnsupportedError,
     check_arguments,
     describe,
 )
-from probgen.couplings import Pairwise
 from probgen.noising import strata
 
 MISSING = -1

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probgen.core import Energetic, Engine, Posterior, describe
-from probgen.couplings import Pairwise
+from probgen.core import Energetic, Engine, Pairwise, Posterior, describe
 from probgen.diagnostics.summary import Summary, summary
 from probgen.inference import NUTS, Ancestral, DPMSolver, Gibbs, ProbabilityFlowODE, ReverseSDE
 

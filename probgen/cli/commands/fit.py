@@ -14,8 +14,7 @@ from probgen.cli.fitted import SETTINGS, make_program, slug, take_settings, writ
 from probgen.cli.naming import is_reference, method
 from probgen.cli.options import Parser, value_of
 from probgen.cli.words import INTERRUPTED, Answer, UsageError
-from probgen.core import Diffusion, Flow, Guided, describe
-from probgen.couplings import Pairwise
+from probgen.core import Diffusion, Flow, Guided, Pairwise, describe
 from probgen.data_files import comes_in_parts
 from probgen.discovery import methods
 from probgen.report.entries import engines_for

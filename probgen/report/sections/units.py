@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from probgen.couplings import Pairwise
+from probgen.core import Pairwise
 from probgen.data import Binarised, Quantised
 from probgen.data_files import read_data
 from probgen.diagnostics.unit_plots import plot_filters, plot_recall
