@@ -47,6 +47,7 @@ _HOME = {
     "priors.noise_space": ["NoiseSpace"],
     "priors.noise_aware": ["NoiseAware"],
     "greedy": ["pretrain"],
+    "annealing": ["HamiltonianMoves"],
     "moves": ["GibbsMoves", "LangevinMoves"],
     "models": [
         "DDPM",
@@ -124,6 +125,7 @@ _HOME = {
         "lipschitz",
         "loo",
         "predict",
+        "roc",
         "sbc",
         "summary",
         "tarp",
@@ -135,6 +137,7 @@ _FOLDERS = ("evidence",)  # a folder that is also a verb
 __all__ = sorted([*_MODULE, *_FOLDERS])  # noqa: PLE0605
 
 if TYPE_CHECKING:
+    from probgen.annealing import HamiltonianMoves as HamiltonianMoves
     from probgen.arviz_io import to_arviz as to_arviz
     from probgen.conditioning import Labels as Labels
     from probgen.conditioning import Vector as Vector
@@ -184,6 +187,7 @@ if TYPE_CHECKING:
     from probgen.diagnostics import (
         predict as predict,
     )
+    from probgen.diagnostics import roc as roc
     from probgen.diagnostics import sbc as sbc
     from probgen.diagnostics import (
         summary as summary,

@@ -980,6 +980,7 @@ class Estimate:
         cost: what was paid.
         solver_error: what a solver may be off by, nats, `(n,)`; None where none is involved.
         convention: what exactly the value is the log density of, in words.
+        shared_error: what of `standard_error` the data have in common, as that of log Z, nats, `(n,)`; None is nothing.
 
     >>> e = Estimate(torch.tensor([-1.0, -3.0]), torch.zeros(2), "exact", event_size=2)
     >>> print(e)
@@ -998,6 +999,7 @@ class Estimate:
     cost: Cost = Cost()
     solver_error: Tensor | None = None
     convention: str = ""
+    shared_error: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -1016,12 +1018,22 @@ class Estimate:
     def mean_error(self) -> float:
         """Standard error of `mean` as an estimate for the population: spread over data, Monte Carlo error included."""
         n = self.value.numel()
-        return float(self.value.double().std() / math.sqrt(n)) if n > 1 else float(self.standard_error[0])
+        if n == 1:
+            return float(self.standard_error[0])
+        return math.hypot(float(self.value.double().std() / math.sqrt(n)), self._shared)
 
     @property
     def monte_carlo_error(self) -> float:
         """Standard error of `mean` for these very data: Monte Carlo error alone."""
-        return float(self.standard_error.double().square().sum().sqrt() / self.value.numel())
+        own = self.standard_error.double().square()
+        if self.shared_error is not None:
+            own = (own - self.shared_error.double().square()).clamp_min(0)
+        return math.hypot(float(own.sum().sqrt() / self.value.numel()), self._shared)
+
+    @property
+    def _shared(self) -> float:
+        """What the errors of all data have in common does not average out."""
+        return 0.0 if self.shared_error is None else float(self.shared_error.double().mean())
 
     def bits_per_dim(self) -> tuple[float, float]:
         """Mean bits/dim and its standard error: -(log p(x) + d log(2/K)) / (d log 2), K levels scaled to [-1, 1]."""

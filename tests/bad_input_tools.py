@@ -291,6 +291,12 @@ def machine() -> Any:
     return probgen.RBM((2,), num_hidden=2)
 
 
+def pictures() -> Any:
+    return probgen.infer(
+        probgen.RBM((4, 4), num_hidden=3), probgen.Gibbs(num_warmup=2), num_draws=4, num_chains=2
+    )
+
+
 def mixture() -> Any:
     return probgen.GaussianMixture(
         torch.tensor([0.3, 0.7]), torch.tensor([[-1.0, 0.0], [1.0, 0.5]]), torch.eye(2).repeat(2, 1, 1)
@@ -489,6 +495,22 @@ WORKING: dict[str, Callable[[], dict[str, Any]]] = {
     "diagnostics.plot_traces": lambda: {"posterior": posterior(), "path": FIGURE},
     "diagnostics.plot_terms": lambda: {
         "terms": Terms(("a", "b"), torch.ones(2), torch.ones(2)), "path": FIGURE,
+    },
+    "diagnostics.plot_roc": lambda: {
+        "curves": {"energy": probgen.roc(torch.arange(5.0), torch.arange(2.0, 9.0))}, "path": FIGURE,
+    },
+    "roc": lambda: {"inside": torch.arange(5.0), "outside": torch.arange(2.0, 9.0)},
+    "diagnostics.landscape": lambda: {
+        "program": probgen.Energy(lambda x: x.square().sum(-1), (2,)), "mesh": Mesh((-5.0, -5.0), (5.0, 5.0), 32),
+    },
+    "diagnostics.chain_chi_square": lambda: {
+        "mesh": Mesh((-8.0,), (8.0,), 512), "chains": torch.randn(100, 50, 1),
+        "density": dist.Normal(0.0, 1.0).log_prob(Mesh((-8.0,), (8.0,), 512).axes[0]).exp(),
+    },
+    "diagnostics.plot_filters": lambda: {"program": probgen.RBM((4, 4), num_hidden=3), "path": FIGURE},
+    "diagnostics.plot_fantasies": lambda: {"posterior": pictures(), "path": FIGURE},
+    "diagnostics.plot_recall": lambda: {
+        "truth": images, "cue": images, "completions": {"rbm": images.repeat(5, 1, 1, 1, 1)}, "path": FIGURE,
     },
     "diagnostics.plot_flow": lambda: {
         **dict(zip(("density", "mesh", "runs"), flow_plots.example(), strict=True)), "path": FIGURE,

@@ -41,6 +41,7 @@ from probgen.annealing import (
     HamiltonianPath,
     MachinePath,
     Pilot,
+    ends,
     hamiltonian,
     log_mean,
     log_mean_error,
@@ -55,6 +56,7 @@ from probgen.evidence.ais import AIS
 from probgen.evidence.enumeration import Enumeration, log_partition
 from probgen.inference.ancestral import Ancestral
 from probgen.models import ddpm
+from probgen.models.rbm import example as rbm_example
 from probgen.models.vae import GaussianLikelihood
 from probgen.moves import GibbsMoves
 
@@ -435,6 +437,21 @@ def test_long_steps_need_their_accept_step(monkeypatch: pytest.MonkeyPatch) -> N
     assert off(path, exact) > 6
 
 
+class WithoutJacobian(ends._Placed):
+    """The transform's part of the density, forgotten."""
+
+    jacobian = property(lambda _: torch.zeros(()), lambda *_: None)
+
+
+def test_a_lost_jacobian_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin of `test_latents_in_a_support`."""
+    monkeypatch.setattr(ends, "_Placed", WithoutJacobian)
+    x = torch.tensor([[0.1], [1.0], [4.0]], dtype=DOUBLE)
+    found = evidence(Waiting(), AIS(300, 100), x)
+    exact = math.log(24) - 4 * (2 + x[:, 0]).log()
+    assert float(((found.value - exact) / found.standard_error).abs().max()) > 6
+
+
 # --- its parts ------------------------------------------------------------------------------------------------------
 
 
@@ -546,3 +563,13 @@ def test_bad_input_is_named(call: Callable[[], Any], words: str) -> None:
 
 def linear_bracket(data: dict[str, Tensor]) -> Bracket:
     return bracket(linear_vae()[0], AIS(5, 5), data=data)
+
+
+def test_the_error_of_log_z_does_not_average_out_over_data() -> None:
+    """All data share it: taken for independent errors of 100 data it would be ten times too small."""
+    machine, x = rbm_example(), torch.ones(100, 4)
+    exact, estimator = evidence(machine, Enumeration(), x).mean, AIS(num_runs=50, num_temperatures=20)
+    found = [evidence(machine, estimator, x, seed=seed) for seed in range(40)]
+    z = torch.tensor([(each.mean - exact) / each.monte_carlo_error for each in found])
+    assert 0.6 < float(z.square().mean().sqrt()) < 1.5  # a chi-square of 40 lies there but for 1 in 10,000
+    assert all(each.mean_error >= each.monte_carlo_error for each in found)

@@ -76,6 +76,8 @@ class MachinePath:
         pairs = {pair: w for pair, w in couplings.weights.items() if set(pair) <= set(self.kept)}
         self.among = _part(Couplings(pairs, couplings.biases, couplings.scales), self.kept)
         self.apart = _part(self.start, self.kept)
+        self.changes = bool(pairs) or any(site in self.shifts for site in self.kept)
+        self.level = torch.zeros((), device=next(iter(couplings.biases.values())).device)
 
     @property
     def log_partition(self) -> Tensor:
@@ -96,7 +98,7 @@ class MachinePath:
         """log f_after - log f_before, `(n,)`."""
         total = (after - before) * state.slope
         for site, pull in state.pulls.items():
-            gain = self._log_sums(site, pull, after) - self._log_sums(site, pull, before)
+            gain = self._log_sums(site, pull, after).sub_(self._log_sums(site, pull, before))
             total = total + gain.sum(-1)
         return total
 
@@ -120,8 +122,7 @@ class MachinePath:
 
     def _units(self, values: dict[str, Tensor]) -> Units:
         pulls = {site: self._pull(site, values) for site in self.summed}
-        changes = bool(self.among.weights) or any(site in self.shifts for site in self.kept)
-        slope = self.apart.energy(values) - self.among.energy(values) if changes else torch.zeros(())
+        slope = self.apart.energy(values) - self.among.energy(values) if self.changes else self.level
         return Units(values, pulls, slope)
 
     def _pull(self, site: str, values: Layers) -> Tensor:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from probgen.core import InputError, Positive, check_arguments
+from probgen.core import InputError, Positive, check_arguments, check_finite, check_shape
 from probgen.diagnostics.mesh import Mesh
 
 _CELLS = {1: 64, 2: 16}  # cells a mesh is cut into along each axis
@@ -56,18 +56,24 @@ def chain_chi_square(mesh: Mesh, density: Tensor, chains: Tensor, limit: Positiv
     (True, True, True)
     """
     check_arguments(chain_chi_square, locals())
-    if chains.ndim != 3 or len(chains) < _FEWEST_CHAINS:
+    check_shape("density", density, mesh.shape)
+    check_finite("density", density)
+    axes = len(mesh.low)
+    if chains.ndim != 3 or len(chains) < _FEWEST_CHAINS or chains.shape[2] != axes:
         raise InputError(
-            f"chains must be draws (chain, draw, d) of at least {_FEWEST_CHAINS} chains, got {tuple(chains.shape)}."
+            f"chains must be draws (chain, draw, {axes}) of at least {_FEWEST_CHAINS} chains, as the mesh has {axes} "
+            f"axes; got {tuple(chains.shape)}."
         )
     size = max(1, mesh.num_points // _CELLS[len(mesh.low)])
-    expected = mesh.cells(density, size).flatten()
+    expected = mesh.cells(density.double(), size).flatten()
     counted = torch.stack([mesh.count(x, size).flatten() for x in chains.detach().cpu()]).double()
     shares = counted / chains.shape[1]
     worth = _worth(expected, shares)
     alone = expected * worth >= _FEWEST
     if not bool(alone.any()):
-        raise InputError(f"{tuple(chains.shape[:2])} draws are too few: no cell expects {_FEWEST} of them.")
+        raise InputError(
+            f"{tuple(chains.shape[:2])} draws are too few: by the density no cell expects {_FEWEST} of them."
+        )
     p, shares = _with_rest(expected[alone]), _with_rest(shares[:, alone])
     return _judged(p.clamp_min(1 / worth), shares, limit)  # nothing is so rare that one draw of it decides
 

@@ -80,6 +80,8 @@ def landscape(program: Any, mesh: Mesh, condition: Tensor | None = None) -> Land
     event_shape = tuple(getattr(program, "event_shape", ()))
     if math.prod(event_shape) != len(mesh.low):
         raise InputError(f"{describe(program)} has events {event_shape}, the mesh {len(mesh.low)} axes.")
+    if condition is not None and (condition.ndim == 0 or len(condition) != 1):
+        raise InputError(f"condition must be one row, (1, ...), got shape {tuple(condition.shape)}.")
     points = mesh.points.reshape(-1, *event_shape).to(floating_weight(program))
     with torch.no_grad(), frozen(program):
         c = None if condition is None else condition.expand(len(points), *condition.shape[1:])

@@ -139,7 +139,7 @@ def _recall(
         if draws.shape[1:] != truth.shape or cue.shape != truth.shape or not len(draws):
             raise InputError(
                 f"Completions {name!r} of shape {tuple(draws.shape)} and a cue of shape {tuple(cue.shape)} do not "
-                f"fit patterns of shape {tuple(truth.shape)}: expected (draw, {', '.join(map(str, truth.shape))})."
+                f"fit truth of shape {tuple(truth.shape)}: expected (draw, {', '.join(map(str, truth.shape))})."
             )
         parts = [*draws[:num_draws], draws.double().mean(0)]
         columns += [_ink(_images(part, name)) for part in parts]

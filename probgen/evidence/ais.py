@@ -179,7 +179,8 @@ class AIS(Estimator):
             reason=self._told(bracket.reason),
             diagnostics={"log_partition_forward": forward, "log_partition_reverse": reverse},
             cost=self._cost(target.program, 2 * self.num_temperatures + self.num_warmup, started),
-            convention=f"nats of the data as given; {bracket}, whose error all data share",
+            convention=f"nats of the data as given; {bracket}",
+            shared_error=forward_error,
         )
 
     def _by_latents(self, target: Target, progress: bool) -> Estimate:

@@ -71,7 +71,7 @@ class ContrastiveDivergence:
         program, x = _admitted(self, program, batch)
         with torch.no_grad():
             drawn = self.moves.move(program, self.moves.start(program, x))
-        return contrast(program, x, program, drawn, self.penalty)
+        return contrast(program, x, drawn, self.penalty)
 
 
 class PersistentContrastiveDivergence(Recorded):
@@ -83,8 +83,8 @@ class PersistentContrastiveDivergence(Recorded):
         restart: share of chains in [0, 1) that start anew from noise at each step, as replay buffers do.
         penalty: as for `ContrastiveDivergence`.
 
-    Chains are buffers of this module, and saved with a run. Each keeps the condition of the row that it began at, where
-    there are conditions, until it starts anew.
+    Chains are buffers of this module, and saved with a run. Where there are labels each keeps that of the row which it
+    began at, until it starts anew, and is set against data of the same label; data whose label no chain has begin one.
 
     Source: Tieleman (2008), ICML; Younes (1999); the replay buffer: Du & Mordatch (2019), arXiv 1903.08689.
 
@@ -114,32 +114,39 @@ class PersistentContrastiveDivergence(Recorded):
 
     def loss(self, program: Any, batch: Batch) -> Tensor:
         """The difference of energies per row, the chains moved once; see `Objective.loss`."""
-        seen, x = _admitted(self, program, batch)
+        at, x = _admitted(self, program, batch)
         with torch.no_grad():
-            drawn, c = self._chains(program, batch)
-            dreamer = _undropped(program, c)
+            drawn, held = self._chains(program, batch)
             if program.training:  # a look at the validation data leaves the chains where they are
-                drawn = self.moves.move(dreamer, drawn)
-            self._keep(drawn, c)
-        loss = contrast(seen, x, dreamer, drawn, self.penalty)
-        return loss if c is None else loss - _of_conditions(seen, dreamer, x, len(c))
+                drawn = self.moves.move(_undropped(program, held), drawn)
+            self._keep(drawn, held)
+        if batch.condition is None or held is None:
+            return contrast(at, x, drawn, self.penalty)
+        c = _dropped(program, batch.condition)
+        rows, chains = _pairs(c, held)
+        return contrast(_undropped(program, c[rows]), x[rows], {"x": drawn["x"][chains]}, self.penalty)
 
     def _chains(self, program: Any, batch: Batch) -> tuple[State, Tensor | None]:
         """Where the chains are, and at which conditions."""
         x, found = batch.data["x"], dict(self.named_buffers())
-        c = found.pop("condition", None)
+        held = found.pop("condition", None)
         state = {name.removeprefix("chains_"): value for name, value in found.items()}
         if not state:
             rows = torch.randint(len(x), (self.num_chains,), device=x.device)
-            return self.moves.start(program, x[rows]), _conditions(program, batch, rows)
-        if self.restart and program.training:
-            anew = (torch.rand(self.num_chains) < self.restart).nonzero().squeeze(1).to(x.device)
-            fresh = self.moves.start(program, _noise_like(program, x, len(anew)))
-            state = {site: value.index_copy(0, anew, fresh[site]) for site, value in state.items()}
-            if c is not None:
-                rows = torch.randint(len(x), (len(anew),), device=x.device)
-                c = c.index_copy(0, anew, _conditions(program, batch, rows))
-        return state, c
+            c = None if batch.condition is None else _dropped(program, batch.condition[rows])
+            return self.moves.start(program, x[rows]), c
+        if program.training and held is not None and batch.condition is not None:
+            rows = (~torch.isin(batch.condition, held)).nonzero().squeeze(1)[: self.num_chains]
+            fresh = self.moves.start(program, x[rows])
+            places = torch.randperm(self.num_chains, device=x.device)[: len(rows)]
+            state, held = _replaced(state, fresh, places), held.index_copy(0, places, batch.condition[rows])
+        if program.training and self.restart:
+            places = (torch.rand(self.num_chains) < self.restart).nonzero().squeeze(1).to(x.device)
+            state = _replaced(state, self.moves.start(program, _noise_like(program, x, len(places))), places)
+            if held is not None and batch.condition is not None:
+                rows = torch.randint(len(x), (len(places),), device=x.device)
+                held = held.index_copy(0, places, _dropped(program, batch.condition[rows]))
+        return state, held
 
     def _keep(self, state: State, c: Tensor | None) -> None:
         for site, value in state.items():
@@ -155,11 +162,14 @@ def _admitted(objective: Any, program: Any, batch: Batch) -> tuple[Any, Tensor]:
     return admitted(objective, program, batch)
 
 
-def _conditions(program: Any, batch: Batch, rows: Tensor) -> Any:
-    """What chains are conditioned on: what some rows are, missing as often as it is while the program learns."""
-    if batch.condition is None:
-        return None
-    return drop(program.condition, batch.condition[rows], program.condition_dropout)
+def _replaced(state: State, fresh: State, places: Tensor) -> State:
+    """Other chains in some places."""
+    return {site: value.index_copy(0, places, fresh[site]) for site, value in state.items()}
+
+
+def _dropped(program: Any, c: Tensor) -> Tensor:
+    """Conditions, missing as often as they are while the program learns."""
+    return drop(program.condition, c, program.condition_dropout) if program.training else c
 
 
 def _undropped(program: Any, c: Tensor | None) -> Any:
@@ -171,26 +181,33 @@ def _undropped(program: Any, c: Tensor | None) -> Any:
         program.training = training
 
 
-def _of_conditions(seen: Any, dreamer: Any, x: Tensor, num_chains: int) -> Tensor:
-    """The contrast between the conditions of data and of chains, with x of no condition in particular: zero on average.
+def _pairs(c: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of data, and for each a chain that is held at the same label; the chains of a label take turns.
 
-    Chains are at some conditions more often than the data of a step are. What that would add to E(x, c) has no bearing
-    on p(x | c), and without end it would grow.
+    Were there more chains at a label than data, that would be taken for evidence on E(x, c), without end: a function of
+    c alone has no bearing on p(x | c).
     """
-    some, others = x[torch.randperm(len(x))], x[torch.randint(len(x), (num_chains,))]
-    return contrast(seen, some, dreamer, {"x": others}, 0.0)
+    if c.ndim > 1:
+        raise UnsupportedError(
+            "PersistentContrastiveDivergence keeps chains at labels, which recur; for conditions that are arrays take "
+            "ContrastiveDivergence, whose draws are made at those of the data."
+        )
+    found = []
+    for label in c.unique():
+        rows, chains = ((each == label).nonzero().squeeze(1) for each in (c, held))
+        if len(chains):
+            turns = torch.arange(len(rows), device=c.device) % len(chains)
+            found.append((rows, chains[torch.randperm(len(chains), device=c.device)[turns]]))
+    if not found:
+        raise InputError(
+            f"None of {len(held)} chains is held at a label of this batch: take more, num_chains=..., or restart=0.05."
+        )
+    rows, chains = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return rows, chains
 
 
-def contrast(program: Any, x: Tensor, dreamer: Any, drawn: State, penalty: float) -> Tensor:
-    """Mean energy of data minus mean energy of draws, differentiable in the weights.
-
-    Args:
-        program: at the conditions of the data, where there are any.
-        x: the data, `(rows, *event)`.
-        dreamer: the program at the conditions of the draws.
-        drawn: what its moves came to.
-        penalty: weight of the squared energies.
-    """
+def contrast(program: Any, x: Tensor, drawn: State, penalty: float) -> Tensor:
+    """Mean energy of data minus mean energy of draws, differentiable in the weights."""
     if isinstance(program, Pairwise):
         couplings = program.couplings()
         couplings.check("x", x.flatten(1))
@@ -202,7 +219,7 @@ def contrast(program: Any, x: Tensor, dreamer: Any, drawn: State, penalty: float
             difference = couplings.statistics(_seen_and_drawn(program, couplings, x, drawn), share)
         return couplings.dot(difference)
     _check_near(program, x, drawn["x"])
-    energy, other = program.energy(x), dreamer.energy(drawn["x"])
+    energy, other = program.energy(x), program.energy(drawn["x"])
     loss = energy.mean() - other.mean()
     return loss + penalty * (energy.square().mean() + other.square().mean()) if penalty else loss
 
