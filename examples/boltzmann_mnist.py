@@ -4,8 +4,8 @@
 
 Pixels are binary, on with probability level / 255 and drawn anew at every step (Salakhutdinov & Murray 2008); the test
 images are binarised once. Each stage of a fit has a run folder: the same command goes on where it was stopped. Writes
-curve_rbm.json (after each stage: epochs, minutes, log-likelihoods) and figures.json. What one run gave stands in
-docs/results.md.
+for each machine curve_NAME.json (after each stage: epochs, minutes, log-likelihoods) and figures_NAME.json, and
+boltzmann_mnist.png. What one run gave stands in docs/results.md.
 """
 
 from __future__ import annotations

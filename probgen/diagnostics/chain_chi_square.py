@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from probgen.core import InputError, Positive, check_arguments, check_finite, check_shape
+from probgen.diagnostics.chi_square import CELLS, FEWEST, standardised
 from probgen.diagnostics.mesh import Mesh
 
-_CELLS = {1: 64, 2: 16}  # cells a mesh is cut into along each axis
-_FEWEST = 10  # independent draws expected in a cell that is looked at on its own
 _FEWEST_CHAINS = 20
-_NINE_OF_TEN = 1.2816  # the standard normal's quantile
 
 
 class ChainChiSquare(NamedTuple):
@@ -64,15 +62,15 @@ def chain_chi_square(mesh: Mesh, density: Tensor, chains: Tensor, limit: Positiv
             f"chains must be draws (chain, draw, {axes}) of at least {_FEWEST_CHAINS} chains, as the mesh has {axes} "
             f"axes; got {tuple(chains.shape)}."
         )
-    size = max(1, mesh.num_points // _CELLS[len(mesh.low)])
+    size = max(1, mesh.num_points // CELLS[len(mesh.low)])
     expected = mesh.cells(density.double(), size).flatten()
     counted = torch.stack([mesh.count(x, size).flatten() for x in chains.detach().cpu()]).double()
     shares = counted / chains.shape[1]
     worth = _worth(expected, shares)
-    alone = expected * worth >= _FEWEST
+    alone = expected * worth >= FEWEST
     if not bool(alone.any()):
         raise InputError(
-            f"{tuple(chains.shape[:2])} draws are too few: by the density no cell expects {_FEWEST} of them."
+            f"{tuple(chains.shape[:2])} draws are too few: by the density no cell expects {FEWEST} of them."
         )
     p, shares = _with_rest(expected[alone]), _with_rest(shares[:, alone])
     return _judged(p.clamp_min(1 / worth), shares, limit)  # nothing is so rare that one draw of it decides
@@ -94,23 +92,13 @@ def _judged(p: Tensor, shares: Tensor, limit: float) -> ChainChiSquare:
     # Of tr A^2 an estimate from so many chains has (tr A)^2/(chains - 1) too much.
     squares = max(squares - mean**2 / (num_chains - 1), mean**2 / (len(p) - 1))
     unit, freedom = squares / mean, mean**2 / squares
-    spread = 2 / (9 * freedom)
-    z = ((statistic / mean) ** (1 / 3) - 1 + spread) / math.sqrt(spread)
-    critical = freedom * (1 - spread + limit * math.sqrt(spread)) ** 3
-    detectable = math.sqrt(unit * _noncentrality(critical, freedom))
-    return ChainChiSquare(z, float((1 - p).sum()) / mean, detectable)
+    z, noncentrality = standardised(statistic / mean, freedom, limit)
+    return ChainChiSquare(z, float((1 - p).sum()) / mean, math.sqrt(unit * noncentrality))
 
 
 def _with_rest(shares: Tensor) -> Tensor:
     rest = (1 - shares.sum(-1, keepdim=True)).clamp_min(0)
     return torch.cat([shares, rest], -1)
-
-
-def _noncentrality(critical: float, freedom: float) -> float:
-    """The l whose chi-square, of mean K + l and variance 2 (K + 2 l), is above `critical` 9 times of 10."""
-    c = _NINE_OF_TEN
-    sd = 2 * c + math.sqrt(4 * c**2 + 2 * freedom + 4 * (critical - freedom))
-    return (sd**2 - 2 * freedom) / 4
 
 
 def example() -> ChainChiSquare:

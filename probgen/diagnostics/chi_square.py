@@ -11,8 +11,8 @@ from torch import Tensor
 from probgen.core import InputError, Positive, check_arguments, check_finite, check_shape, shown
 from probgen.diagnostics.mesh import Mesh
 
-_CELLS = {1: 64, 2: 16}  # cells a mesh is cut into along each axis
-_FEWEST = 10  # draws expected in a cell that is looked at on its own
+CELLS = {1: 64, 2: 16}  # cells a mesh is cut into along each axis
+FEWEST = 10  # draws expected in a cell that is looked at on its own
 _NINE_OF_TEN = 1.2816  # the standard normal's quantile
 
 
@@ -49,33 +49,42 @@ def chi_square(mesh: Mesh, density: Tensor, x: Tensor, limit: Positive = 4.5) ->
     check_finite("chi_square: density", density)
     if x.ndim != 2 or x.shape[1] != len(mesh.low):
         raise InputError(f"chi_square: draws x must be (n, {len(mesh.low)}), as the mesh is, got {shown(x)}.")
-    size = max(1, mesh.num_points // _CELLS[len(mesh.low)])
+    size = max(1, mesh.num_points // CELLS[len(mesh.low)])
     expected = len(x) * mesh.cells(density.double(), size).flatten()
     counted = mesh.count(x.detach().cpu(), size).flatten().double()
-    alone = expected >= _FEWEST
+    alone = expected >= FEWEST
     freedom = int(alone.sum())
     if not freedom:
         raise InputError(
-            f"chi_square: {len(x)} draws x are too few: by the density no cell of the mesh expects {_FEWEST} of them."
+            f"chi_square: {len(x)} draws x are too few: by the density no cell of the mesh expects {FEWEST} of them."
         )
     counted, expected = (_with_rest(value[alone], len(x)) for value in (counted, expected))
     statistic = ((counted - expected).square() / expected.clamp_min(1)).sum().item()
+    z, noncentrality = standardised(statistic / freedom, freedom, limit)
+    return ChiSquare(z, math.sqrt(noncentrality / len(x)))
+
+
+def standardised(ratio: float, freedom: float, limit: float) -> tuple[float, float]:
+    """A chi-square over its mean as a standard normal, and the noncentrality that is found 9 times of 10.
+
+    Source: Wilson & Hilferty (1931), PNAS 17, 684: the cube root is normal.
+
+    Args:
+        ratio: the statistic over its mean K.
+        freedom: K, degrees of freedom.
+        limit: the z above which an error counts as found.
+    """
     spread = 2 / (9 * freedom)
-    z = ((statistic / freedom) ** (1 / 3) - 1 + spread) / math.sqrt(spread)
+    z = (ratio ** (1 / 3) - 1 + spread) / math.sqrt(spread)
     critical = freedom * (1 - spread + limit * math.sqrt(spread)) ** 3
-    return ChiSquare(z, math.sqrt(_noncentrality(critical, freedom) / len(x)))
+    # A chi-square of mean K + l and variance 2 (K + 2 l): K + l - c sd = critical is a quadratic equation for sd.
+    c = _NINE_OF_TEN
+    sd = 2 * c + math.sqrt(4 * c**2 + 2 * freedom + 4 * (critical - freedom))
+    return z, (sd**2 - 2 * freedom) / 4
 
 
 def _with_rest(values: Tensor, total: int) -> Tensor:
     return torch.cat([values, (total - values.sum())[None]])
-
-
-def _noncentrality(critical: float, freedom: int) -> float:
-    """The l whose chi-square, of mean K + l and variance 2 (K + 2 l), is above `critical` 9 times of 10."""
-    # K + l - c sd = critical with sd^2 = 2 K + 4 l is a quadratic equation for sd.
-    c = _NINE_OF_TEN
-    sd = 2 * c + math.sqrt(4 * c**2 + 2 * freedom + 4 * (critical - freedom))
-    return (sd**2 - 2 * freedom) / 4
 
 
 def example() -> ChiSquare:

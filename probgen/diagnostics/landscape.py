@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probgen.core import Energetic, InputError, UnsupportedError, check_arguments, describe, given
+from probgen.core import (
+    Energetic,
+    InputError,
+    UnsupportedError,
+    check_arguments,
+    check_fields,
+    describe,
+    given,
+)
 from probgen.diagnostics.mesh import Mesh
 from probgen.dynamics.engine import floating_weight
 from probgen.targets import frozen
@@ -29,6 +37,13 @@ class Landscape:
 
     mesh: Mesh
     energy: Tensor
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.energy.shape != self.mesh.shape:
+            raise InputError(
+                f"Landscape: energy must have the shape of the mesh, {self.mesh.shape}, got {tuple(self.energy.shape)}."
+            )
 
     @cached_property
     def log_partition(self) -> float:

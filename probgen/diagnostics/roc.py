@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probgen.core import InputError, check_arguments, check_finite
+from probgen.core import InputError, check_arguments, check_fields, check_finite
 from probgen.diagnostics.plots import PALETTE, File, new_figure
 
 if TYPE_CHECKING:
@@ -37,6 +37,9 @@ class ROC:
     standard_error: float
     num_inside: int
     num_outside: int
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def auc(self) -> float:
