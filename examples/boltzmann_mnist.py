@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from probgen import Estimate, Optim, evidence, fit, infer
 from probgen.core import Fraction, InputError, NonNegative, Objective
-from probgen.data import Quantised, binarise_stochastic
-from probgen.data_files import Part, read_data
+from probgen.data import Binarised, Quantised
+from probgen.data_files import read_data
 from probgen.diagnostics.plots import Array, new_figure
 from probgen.evidence.ais import AIS
 from probgen.greedy import pretrain
@@ -31,16 +31,11 @@ from probgen.inference.gibbs import Gibbs
 from probgen.models.deep_boltzmann_machine import DeepBoltzmannMachine
 from probgen.models.rbm import RBM
 from probgen.moves import GibbsMoves
-from probgen.objectives.contrastive_divergence import (
-    ContrastiveDivergence,
-    PersistentContrastiveDivergence,
-    hidden_means,
-)
+from probgen.objectives.contrastive_divergence import ContrastiveDivergence, PersistentContrastiveDivergence
 from probgen.randomness import forked_rng
 
 BATCH_SIZE = 100
 PUBLISHED = {"rbm": ("log-likelihood", -86.34), "dbm": ("bound", -84.62)}
-ROWS_FOR_RATES = 5000
 PRETRAINING = 5  # epochs of each layer
 QUICK = AIS(num_runs=50, num_temperatures=2000)
 THOROUGH = AIS(num_runs=100, num_temperatures=10_000)
@@ -65,32 +60,6 @@ FULL = Sizes()
 
 
 @dataclass(frozen=True)
-class Binarised:
-    """Images of binary pixels, drawn anew whenever they are looked at: `data[index]` is `(len(index), *event)`."""
-
-    images: Quantised
-
-    @classmethod
-    def read(cls, data: str, part: Part) -> Binarised:
-        """A part of images by the name of their data, as `read_data` takes it."""
-        images = read_data(data, part)
-        if not isinstance(images, Quantised):
-            raise InputError(f"{data!r} holds no images of integer levels: expected mnist or mnist:FOLDER.")
-        return cls(images)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        return binarise_stochastic(self.images.levels[index], self.images.num_levels)
-
-    def all(self) -> Tensor:
-        """Every row, always the same draw."""
-        with forked_rng(0):
-            return binarise_stochastic(self.images.levels, self.images.num_levels)
-
-
-@dataclass(frozen=True)
 class Stage:
     """Some epochs of one objective at one learning rate."""
 
@@ -108,6 +77,15 @@ class Descent(Optim):
 
     def build(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, self.lr, self.momentum, weight_decay=self.weight_decay, fused=True)
+
+
+def read_images(data: str) -> tuple[Binarised, Tensor]:
+    """Images to learn from, binarised anew whenever they are looked at, and others, binarised once."""
+    train, test = read_data(data, "train"), read_data(data, "held_out")
+    if not isinstance(train, Quantised) or not isinstance(test, Quantised):
+        raise InputError(f"{data!r} holds no images of integer levels: expected mnist or mnist:FOLDER.")
+    with forked_rng(0):
+        return Binarised(train), Binarised(test).all()
 
 
 def rbm_stages() -> list[Stage]:
@@ -128,7 +106,7 @@ def dbm_stages() -> list[Stage]:
 def fit_rbm(train: Binarised, test: Tensor, out: Path, sizes: Sizes) -> RBM:
     """An RBM that begins at the rates of its pixels."""
     torch.manual_seed(0)
-    rbm = RBM(train.images.event_shape, sizes.widths[0])
+    rbm = RBM(train.event_shape, sizes.widths[0])
     rbm.set_rates(train.all())
     fit_in_stages(rbm, train, test, rbm_stages(), out, sizes)
     return rbm
@@ -137,7 +115,7 @@ def fit_rbm(train: Binarised, test: Tensor, out: Path, sizes: Sizes) -> RBM:
 def fit_dbm(train: Binarised, test: Tensor, out: Path, sizes: Sizes) -> DeepBoltzmannMachine:
     """A deep machine, pretrained layer by layer by CD-1; five sweeps of the mean field while it is fitted."""
     torch.manual_seed(0)
-    dbm = DeepBoltzmannMachine(train.images.event_shape, sizes.widths, mean_field_steps=5)
+    dbm = DeepBoltzmannMachine(train.event_shape, sizes.widths, mean_field_steps=5)
     optim, num_steps = Descent(lr=5e-2, warmup=100, ema_decay=0.999), sizes.steps(PRETRAINING, len(train))
     histories = pretrain(
         dbm,
@@ -180,23 +158,10 @@ def fit_in_stages(
         )
         epochs, seconds = epochs + stage.epochs, seconds + history.seconds
         if number == len(curve):
-            found = figures(measure(program, sizes.quick, train, test))
+            found = figures(evidence(program, sizes.quick, test))
             curve.append({"epochs": epochs, "minutes": seconds / 60, "lr": stage.lr, **found})
             path.write_text(json.dumps(curve, indent=2) + "\n")
             print(json.dumps(curve[-1]), flush=True)
-
-
-def measure(program: Any, ais: AIS, train: Binarised, test: Tensor) -> Estimate:
-    """log p of test images, or the bound on it, log Z by runs that begin where units are on as often as on data.
-
-    A deep machine may have a phase far from all data, which runs from units without couplings find instead: forward
-    and reverse runs then agree on a log Z that is tens of nats too low.
-    """
-    with torch.no_grad():
-        x = train.all()[:ROWS_FOR_RATES]
-        means = {"x": x.flatten(1), **hidden_means(program, program.couplings(), x)}
-        base = {site: mean.mean(0).clamp(1e-4, 1 - 1e-4).logit() for site, mean in means.items()}
-        return evidence(program, replace(ais, base=base), test)
 
 
 def figures(estimate: Estimate) -> dict[str, float]:
@@ -271,13 +236,11 @@ def main(
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    train, test = Binarised.read(data, "train"), Binarised.read(data, "held_out")
+    train, test = read_images(data)
     found, programs = {}, {}
     for name in machines:
-        programs[name] = program = {"rbm": fit_rbm, "dbm": fit_dbm}[name](
-            train, test.all(), out / name, sizes
-        )
-        estimate = measure(program, sizes.thorough, train, test.all())
+        programs[name] = program = {"rbm": fit_rbm, "dbm": fit_dbm}[name](train, test, out / name, sizes)
+        estimate = evidence(program, sizes.thorough, test)
         print(estimate)
         found[name] = figures(estimate)
         (out / f"figures_{name}.json").write_text(json.dumps(found[name], indent=2) + "\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch.distributions import MultivariateNormal
 from example_tools import load, run
 from probgen import (
     EBM,
+    RBM,
     VAE,
     BoltzmannMachine,
     ConditionalVAE,
@@ -573,3 +575,21 @@ def test_the_error_of_log_z_does_not_average_out_over_data() -> None:
     z = torch.tensor([(each.mean - exact) / each.monte_carlo_error for each in found])
     assert 0.6 < float(z.square().mean().sqrt()) < 1.5  # a chi-square of 40 lies there but for 1 in 10,000
     assert all(each.mean_error >= each.monte_carlo_error for each in found)
+
+
+def test_runs_begin_near_the_data() -> None:
+    """Two phases, all units off and all on, a barrier between them: data are in the second, which has all the mass.
+
+    From the machine's own biases runs begin in the first and never leave: forward and back agree, and are wrong.
+    """
+    machine = RBM((20,), num_hidden=8)
+    with torch.no_grad():
+        for parameter, value in zip(machine.parameters(), (1.2, -4.0, -8.0), strict=True):
+            parameter.fill_(value)
+    x = torch.ones(5, 20)
+    exact, estimator = evidence(machine, Enumeration(), x), AIS(num_runs=100, num_temperatures=300)
+    found = evidence(machine, estimator, x)
+    assert found.trusted
+    assert abs(found.mean - exact.mean) < 3 * found.monte_carlo_error + 1e-4
+    astray = evidence(machine, replace(estimator, base=dict(machine.couplings().biases)), x)
+    assert astray.mean > exact.mean + 10

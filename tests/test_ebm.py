@@ -237,7 +237,7 @@ def test_what_does_not_fit_is_refused(objective: Any, program: Any, error: Any, 
 
 # --- fits -----------------------------------------------------------------------------------------------------------
 
-LANGEVIN = LangevinMoves(num_steps=6, step_size=0.04)
+LANGEVIN = LangevinMoves(num_steps=10, step_size=0.03)
 OBJECTIVES: dict[str, Callable[[], Any]] = {
     "CD": lambda: ContrastiveDivergence(LANGEVIN),
     "PCD": lambda: PersistentContrastiveDivergence(LANGEVIN, num_chains=128, restart=0.05),
@@ -405,7 +405,7 @@ def test_the_picture_fails_where_its_claim_does(moons: EBM, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_the_picture_holds_its_claim(tmp_path: Path) -> None:
-    run(script("energy_landscape"), tmp_path, num_steps=1000, num_chains=100, num_draws=25)
+    run(script("energy_landscape"), tmp_path, num_steps=2000, num_chains=200, num_draws=40)
 
 
 # --- conditions -----------------------------------------------------------------------------------------------------
@@ -511,21 +511,30 @@ def test_constants_of_conditions_do_not_run_away() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["CD", "NCE"])
+@pytest.mark.parametrize("name", ["CD", "PCD", "NCE"])
 def test_a_network_learns_a_law_for_each_label(name: str) -> None:
-    """The inner and the outer of two rings, KL of each by quadrature below 0.1 nats."""
+    """The inner and the outer of two rings, KL of each by quadrature below 0.1 nats, 0.3 by PCD.
+
+    Chains that go on for ever need short steps and a penalty; with steps of 0.02 the energy grows ever steeper.
+    """
     laws = [rings((1.0,)), rings((2.5,))]
     torch.manual_seed(0)
     x, c = torch.cat([law.sample((10_000,)) for law in laws]), torch.arange(2).repeat_interleave(10_000)
     ebm = EBM.mlp((2,), widths=(64, 64), base_scale=3.0, condition=Labels(2))
-    optim = Optim(lr=1e-2, schedule="cosine")
-    objective = {"CD": ContrastiveDivergence(LangevinMoves(20, 0.01)), "NCE": NoiseContrastive(ratio=2)}[name]
+    optim = Optim(lr=3e-3 if name == "PCD" else 1e-2, schedule="cosine")
+    objective = {
+        "CD": ContrastiveDivergence(LangevinMoves(20, 0.01)),
+        "PCD": PersistentContrastiveDivergence(
+            LangevinMoves(20, 0.005), num_chains=256, restart=0.02, penalty=0.001
+        ),
+        "NCE": NoiseContrastive(ratio=2),
+    }[name]
     fit(ebm, x, objective, condition=c, num_steps=1500, batch_size=256, optim=optim, progress=False)
     kl = [
         landscape(ebm, MESH, torch.tensor([k])).divergence_from(on(MESH, law)) for k, law in enumerate(laws)
     ]
     print(f"{name}: KL {kl[0]:.3f}, {kl[1]:.3f} nats")
-    assert max(kl) < 0.1
+    assert max(kl) < (0.3 if name == "PCD" else 0.1)
 
 
 def test_draws_at_a_condition() -> None:

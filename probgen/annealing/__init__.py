@@ -7,7 +7,7 @@ the latents of programs with a guide.
 from probgen.annealing.bracket import Bracket, collapse, effective_runs, log_mean, log_mean_error
 from probgen.annealing.ends import GaussianToEnergy, PriorToPosterior, Start, fitted
 from probgen.annealing.hamiltonian import Ends, HamiltonianMoves, HamiltonianPath, Pilot, pilot
-from probgen.annealing.machines import MachinePath, Weighed, clamped, summed_out
+from probgen.annealing.machines import MachinePath, Weighed, clamped, near_data, summed_out
 from probgen.annealing.path import Journey, Path, resampled, travel
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "fitted",
     "log_mean",
     "log_mean_error",
+    "near_data",
     "pilot",
     "resampled",
     "summed_out",

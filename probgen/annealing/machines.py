@@ -13,6 +13,7 @@ from probgen.core import EstimateKind, InputError
 from probgen.couplings import Couplings
 
 Layers = Mapping[str, Tensor]
+_SWEEPS_AT_DATA = 20
 
 
 @runtime_checkable
@@ -155,6 +156,24 @@ class MachinePath:
         first, last = self.start.biases[site], self.couplings.biases[site]
         rest = (1 - beta) * first.square() + beta * last.square()
         return (felt.square() - rest) / (2 * self.couplings.scales[site].square())
+
+
+def near_data(couplings: Couplings, x: Tensor) -> dict[str, Tensor]:
+    """Biases of independent units that are on as often as in data x `(rows, n_x)`, and as x turns hidden ones on.
+
+    Runs that start there go to where the data are: from other units all of them, forward and back, may meet in a phase
+    of the machine that data never show, and agree on its Z (Salakhutdinov & Murray 2008, section 3).
+    """
+    state = couplings.zeros(len(x)) | {"x": x}
+    for _ in range(_SWEEPS_AT_DATA):
+        for site in couplings.sites:
+            state[site] = x if site == "x" else couplings.draw(site, state)
+    # Half a unit on and half a unit off are added: no rate is 0 or 1.
+    rates = {site: (value.sum(0) + 0.5) / (len(x) + 1) for site, value in state.items()}
+    return {
+        site: state[site].mean(0) if site in couplings.scales else rate.logit()
+        for site, rate in rates.items()
+    }
 
 
 def summed_out(couplings: Couplings) -> list[str]:

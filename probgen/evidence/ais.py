@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -27,6 +27,7 @@ from probgen.annealing import (
     effective_runs,
     log_mean,
     log_mean_error,
+    near_data,
     pilot,
     resampled,
     travel,
@@ -60,6 +61,7 @@ from probgen.targets import frozen
 Base = Mapping[str, Tensor] | MultivariateNormal | Literal["guide"]
 _ENUMERABLE = 25  # hidden units
 _COLUMNS_AT_ONCE = 2**14  # runs of all data, to bound memory
+_ROWS_FOR_BASE = 1000
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,10 @@ class AIS(Estimator):
         num_runs: runs each way, side by side, >= 2; of each datum where there are latents.
         num_temperatures: steps of beta, >= 1.
         moves: `GibbsMoves(..)` or `HamiltonianMoves(..)`; None takes what suits the program.
-        base: another p_0. Biases by layer for machines, whose own they are otherwise; a `MultivariateNormal` over the
-            flat x for energies, such as `probgen.annealing.fitted(data)`, otherwise one that covers N(0, I) and where a
-            pilot run from there ends; "guide" for latents, q(z | x) in place of p(z).
+        base: another p_0. Biases by layer for machines, otherwise those of units that are on as often as near the data,
+            or where there are none the machine's own; a `MultivariateNormal` over the flat x for energies, such as
+            `probgen.annealing.fitted(data)`, otherwise one that covers N(0, I) and where a pilot run from there ends;
+            "guide" for latents, q(z | x) in place of p(z).
         num_warmup: moves at beta = 1 between the forward runs' ends and the reverse runs' starts, to equilibrium.
 
     Raises:
@@ -164,7 +167,7 @@ class AIS(Estimator):
         each = torch.zeros(len(x), dtype=torch.long, device=x.device)
         if condition is not None:  # those that are alike have one Z
             condition, each = torch.unique(condition, dim=0, return_inverse=True)
-        bracket = self.bracket(target.program, condition=condition, progress=progress)
+        bracket = self._near(target).bracket(target.program, condition=condition, progress=progress)
         weight, error, kind = self._log_weight(target)
         forward, forward_error, reverse = (
             side.reshape(-1)[each].to(weight)
@@ -182,6 +185,17 @@ class AIS(Estimator):
             convention=f"nats of the data as given; {bracket}",
             shared_error=forward_error,
         )
+
+    def _near(self, target: Target) -> AIS:
+        """The same with a base near the data, where it is a machine's and was left open."""
+        if self.base is not None or not isinstance(self._moves(target.program), GibbsMoves):
+            return self
+        couplings = _couplings(target.program)
+        if "x" not in couplings.sites:
+            return self
+        with torch.no_grad():
+            rows = target.data["x"].flatten(1)[:_ROWS_FOR_BASE].to(couplings.biases["x"])
+            return replace(self, base=near_data(couplings, rows))
 
     def _by_latents(self, target: Target, progress: bool) -> Estimate:
         """log p(x) of each row, some of them at a time."""

@@ -38,7 +38,8 @@ class ContrastiveDivergence:
     """E_data[E(x)] - E_k[E(x)]: its gradient is that of -log p(x), with x after k moves from the data for model draws.
 
     For hidden units the energy is averaged over p(h | x), or over the mean field of a deep machine. The number itself
-    says little: it is near zero throughout.
+    says little: it is near zero throughout. Where it falls far below, draws have more energy than data: the moves are
+    too few, or steps too long for an energy that has grown steep.
 
     Args:
         moves: what moves x, e.g. `GibbsMoves(1)` (CD-1) or `LangevinMoves(20)`.
