@@ -314,8 +314,8 @@ def test_other_engines_keep_what_they_finished(tmp_path: Path, monkeypatch: pyte
 
 ENGINES: dict[str, MarkovEngine] = {
     "NUTS": NUTS(num_warmup=100, max_tree_depth=5),
-    "HMC": HMC(num_steps=4, num_warmup=100),
-    "ChEES": ChEES(num_warmup=100, max_steps=30),
+    "HMC": HMC(num_steps=4, num_warmup=600),
+    "ChEES": ChEES(num_warmup=600, max_steps=30),
 }
 NUM_DRAWS = 200
 
@@ -340,7 +340,7 @@ def kill_often(name: str, kills: int, run: Path) -> list[str]:
             os._exit(0)
         while progress(run)["step"] < step:
             time.sleep(0.001)
-        time.sleep(moments.uniform(0.0, 0.2))
+        time.sleep(moments.uniform(0.0, 0.1))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status), "It ended before it was killed."
