@@ -57,6 +57,7 @@ benchmark: setup  ## ours against hand-written loops, bare networks and other so
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.likelihood
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.solvers
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.mcmc
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.energies
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.calibration --quick
 
 clean:  ## remove everything these targets made

@@ -842,6 +842,8 @@ def told_of(value: Any) -> Iterator[str]:
         )
     elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
         yield from (*map(repr, value), "empty", "none")
+        for item in value:
+            yield from told_of(item) if isinstance(item, Tensor) else ()
 
 
 def may_be(annotation: Any, value: Any) -> bool:  # noqa: C901 - one line a kind

@@ -399,7 +399,7 @@ def test_bad_input_is_refused() -> None:
     mixture = GaussianMixture.example(2)
     x = draws(mixture, 3)
     with pytest.raises(
-        UnsupportedError, match="ODELikelihood cannot serve VAE.*What can: ELBOEstimate, Importance"
+        UnsupportedError, match="ODELikelihood cannot serve VAE.*What can: AIS, ELBOEstimate, Importance"
     ):
         evidence(VAE.mlp((6,), 2, widths=(16,)), ODELikelihood(), torch.randn(2, 6))
     with pytest.raises(InputError, match="rtol must be > 0"):
