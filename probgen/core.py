@@ -1008,6 +1008,8 @@ class Estimate:
                 "Estimate: value and standard_error must be `(n,)`, one a datum, got shapes "
                 f"{tuple(self.value.shape)} and {tuple(self.standard_error.shape)}."
             )
+        if self.shared_error is not None:
+            check_shape("Estimate: shared_error", self.shared_error, self.value.shape)
 
     @property
     def mean(self) -> float:

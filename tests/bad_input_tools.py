@@ -16,6 +16,7 @@ import collections.abc
 import contextlib
 import dataclasses
 import functools
+import gc
 import importlib
 import inspect
 import math
@@ -24,7 +25,9 @@ import os
 import pkgutil
 import re
 import signal
+import sys
 import time
+import traceback
 import types
 import typing
 import warnings
@@ -716,6 +719,16 @@ class TooSlow(BaseException):
     """A base exception, so that nothing in between takes it for its own."""
 
 
+def _leave(error: BaseException) -> None:
+    """Close the plates that a call was in when it was broken off: in this order they cannot all do what they should."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        traceback.clear_frames(error.__traceback__)
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
+
+
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """`TooSlow` inside the block after as many seconds of work, time in which others work not counted."""
@@ -727,7 +740,8 @@ def time_limit(seconds: float) -> Iterator[None]:
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
-    except TooSlow:
+    except TooSlow as error:
+        _leave(error)
         runtime._PYRO_STACK.clear()  # handlers that the call was in when it was broken off
         runtime._DIM_ALLOCATOR._stack.clear()
         raise
