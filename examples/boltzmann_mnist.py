@@ -99,7 +99,7 @@ def rbm_stages() -> list[Stage]:
 def dbm_stages() -> list[Stage]:
     """Chains from the start: the machine is pretrained."""
     chains = PersistentContrastiveDivergence(GibbsMoves(3), num_chains=BATCH_SIZE)
-    rates = [(2, 2e-2), (2, 1e-2), (2, 4e-3), (2, 1.5e-3)]
+    rates = [(2, 2e-2), (5, 1.5e-2), (5, 1e-2), (4, 4e-3), (3, 1.5e-3), (2, 5e-4)]
     return [Stage(chains, epochs, lr) for epochs, lr in rates]
 
 

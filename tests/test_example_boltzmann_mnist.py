@@ -34,4 +34,4 @@ def test_machines_are_fitted_measured_and_drawn_once(
         assert json.loads((tmp_path / "out" / f"figures_{name}.json").read_text()) == found[name]
         assert found[name]["log_likelihood"] < published[1] / 2  # noise is not compressed
     assert (tmp_path / "out" / "boltzmann_mnist.png").stat().st_size > 1000
-    assert capsys.readouterr().out.count('"epochs"') == num_stages == 15  # each measured once
+    assert capsys.readouterr().out.count('"epochs"') == num_stages == 17  # each measured once
