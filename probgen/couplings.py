@@ -94,12 +94,20 @@ class Couplings:
             return mean + self.scales[site] * torch.randn_like(mean)
         return torch.rand_like(mean).lt_(mean)  # three times as fast as mean.bernoulli()
 
+    def settled(self, x: Tensor, sweeps: int) -> dict[str, Tensor]:
+        """x `(batch, n_x)`, and all other layers after so many sweeps with x held, from nothing on."""
+        state = self.zeros(len(x)) | {"x": x}
+        for _ in range(sweeps):
+            for site in self.sites:
+                if site != "x":
+                    state[site] = self.draw(site, state)
+        return state
+
     def energy(self, state: State) -> Tensor:
         """E(s) in nats, `(batch,)`."""
         energy = sum((self._own_energy(site, state[site]) for site in self.sites), torch.zeros(()))
-        beta = self.beta.squeeze(-1) if isinstance(self.beta, Tensor) else self.beta
         for (left, right), weight in self.weights.items():
-            product = beta * ((self._unit(left, state) @ weight) * self._unit(right, state)).sum(-1)
+            product = self._row_beta * ((self._unit(left, state) @ weight) * self._unit(right, state)).sum(-1)
             energy = energy - (product / 2 if left == right else product)
         return energy
 
@@ -173,14 +181,17 @@ class Couplings:
     def _coupled(self, one: str, other: str) -> bool:
         return (one, other) in self.weights or (other, one) in self.weights
 
+    @property
+    def _row_beta(self) -> Tensor | float:
+        """beta of each row, `(batch,)`, or of all."""
+        return self.beta.squeeze(-1) if isinstance(self.beta, Tensor) else self.beta
+
     def _check_uncoupled(self, sites: Iterable[str]) -> None:
-        sites = list(sites)
-        for one in sites:
-            for other in sites:
-                if self._coupled(one, other):
-                    raise InputError(
-                        f"Layers {one!r} and {other!r} are coupled: they cannot be summed out together."
-                    )
+        for one, other in self.weights:
+            if {one, other} <= set(sites):
+                raise InputError(
+                    f"Layers {one!r} and {other!r} are coupled: they cannot be summed out together."
+                )
 
     def _scaled(self, site: str, felt: Tensor) -> Tensor:
         """beta times the layer's scale times this; nothing is done where both are 1."""
@@ -213,8 +224,7 @@ class Couplings:
         value = state[site].clone()
         outside = {pair: w for pair, w in self.weights.items() if pair != (site, site)}
         rest = Couplings(outside, self.biases, self.scales, self.beta).field(site, state).expand_as(value)
-        beta = self.beta.squeeze(-1) if isinstance(self.beta, Tensor) else self.beta
-        uniform = torch.rand_like(value)
+        beta, uniform = self._row_beta, torch.rand_like(value)
         for unit in range(value.shape[-1]):
             odds = rest[:, unit] + beta * (value @ inside[:, unit])
             drawn = (uniform[:, unit] < odds.sigmoid()).to(value.dtype)

@@ -54,12 +54,7 @@ class GibbsMoves:
     def start(self, program: Any, x: Tensor) -> State:
         """x, and every layer above it as it is likely given the ones below; as it may be where x alone moves it."""
         couplings = _couplings(program)
-        state = couplings.zeros(len(x)) | {"x": x.flatten(1)}
-        above = couplings.sites[1:]
-        if not couplings.independent(above):
-            for site in above:
-                state[site] = couplings.draw(site, state)
-        return state
+        return couplings.settled(x.flatten(1), sweeps=0 if couplings.independent(couplings.sites[1:]) else 1)
 
     def move(self, program: Any, state: State) -> State:
         """`num_sweeps` sweeps."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -10,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from probgen.core import EstimateKind, InputError
-from probgen.couplings import Couplings
+from probgen.couplings import Couplings, State
 
-Layers = Mapping[str, Tensor]
 _SWEEPS_AT_DATA = 20
 
 
@@ -60,7 +58,7 @@ class MachinePath:
         self,
         couplings: Couplings,
         num_runs: int,
-        base: Layers | None = None,
+        base: State | None = None,
         num_sweeps: int = 1,
         num_rows: int = 1,
     ) -> None:
@@ -126,7 +124,7 @@ class MachinePath:
         slope = self.apart.energy(values) - self.among.energy(values) if self.changes else self.level
         return Units(values, pulls, slope)
 
-    def _pull(self, site: str, values: Layers) -> Tensor:
+    def _pull(self, site: str, values: State) -> Tensor:
         """What a layer feels at beta = 1 beside its bias, `(n, n_l)`."""
         scales, total = self.couplings.scales, None
         for (left, right), weight in self.couplings.weights.items():
@@ -164,10 +162,7 @@ def near_data(couplings: Couplings, x: Tensor) -> dict[str, Tensor]:
     Runs that start there go to where the data are: from other units all of them, forward and back, may meet in a phase
     of the machine that data never show, and agree on its Z (Salakhutdinov & Murray 2008, section 3).
     """
-    state = couplings.zeros(len(x)) | {"x": x}
-    for _ in range(_SWEEPS_AT_DATA):
-        for site in couplings.sites:
-            state[site] = x if site == "x" else couplings.draw(site, state)
+    state = couplings.settled(x, _SWEEPS_AT_DATA)
     # Half a unit on and half a unit off are added: no rate is 0 or 1.
     rates = {site: (value.sum(0) + 0.5) / (len(x) + 1) for site, value in state.items()}
     return {
@@ -201,7 +196,7 @@ def clamped(couplings: Couplings, x: Tensor, num_runs: int) -> tuple[Couplings, 
     return Couplings(rest, biases, couplings.scales), -alone.energy({"x": x})
 
 
-def _checked(base: Layers | None, couplings: Couplings) -> dict[str, Tensor]:
+def _checked(base: State | None, couplings: Couplings) -> dict[str, Tensor]:
     """Biases of p_0 for every layer; `InputError` where they do not fit the machine."""
     biases = dict(couplings.biases if base is None else base)
     got = {site: tuple(bias.shape) for site, bias in biases.items()}

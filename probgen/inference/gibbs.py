@@ -25,11 +25,10 @@ from probgen.core import (
 )
 from probgen.couplings import Couplings
 from probgen.kernels.state import ChainState, check_fits
+from probgen.moves import State
 from probgen.progress import ticker
 from probgen.randomness import time_key
 from probgen.targets import site_dims
-
-State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)

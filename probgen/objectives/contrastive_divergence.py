@@ -255,10 +255,7 @@ def hidden_means(program: Any, couplings: Couplings, x: Tensor) -> State:
         return dict(program.mean_field(x))
     state = {"x": x.flatten(1)}
     if ("h", "h") in couplings.weights:
-        full = couplings.zeros(len(x)) | state
-        for _ in range(_HELD_SWEEPS):
-            full["h"] = couplings.draw("h", full)
-        return {"h": full["h"]}
+        return {"h": couplings.settled(state["x"], _HELD_SWEEPS)["h"]}
     return {site: couplings.mean(site, state) for site in couplings.sites[1:]}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,15 +33,17 @@ def tell(story: Story) -> None:
         section.picture(
             filters, alt, "What hidden units look for: red pixels switch a unit on, blue ones off."
         )
-    if story.found.data is not None:
-        found = story.found.attempt(_complete, program, story.found.data)
-        if found is not None:
-            path = story.drawn(partial(plot_recall, found[0], found[1], {"Gibbs": found[2]}), ".png")
-            if path is not None:
-                alt = f"{_NUM_DATA} images, their upper halves, and completions by Gibbs moves: draws and the mean."
-                section.picture(
-                    path, alt, "Data that were not learnt from, their lower half hidden and drawn anew."
-                )
+    completed = None if story.found.data is None else story.drawn(partial(_draw_completed, story), ".png")
+    if completed is not None:
+        alt = f"{_NUM_DATA} images, their upper halves, and completions by Gibbs moves: draws and the mean."
+        section.picture(
+            completed, alt, "Data that were not learnt from, their lower half hidden and drawn anew."
+        )
+
+
+def _draw_completed(story: Story, path: Path) -> Path:
+    x, cue, draws = _complete(story.found.program, str(story.found.data))
+    return plot_recall(x, cue, {"Gibbs": draws}, path)
 
 
 def _complete(program: Pairwise, data: str) -> tuple[Tensor, Tensor, Tensor]:
